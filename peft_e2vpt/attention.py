@@ -1,0 +1,193 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""How rows join the keys and values of one attention call.
+
+transformers asks `module.config._attn_implementation` which function computes an attention. An adapted attention
+module gets, as its `config`, a view of the model's config that answers this one question with the name of
+`attend_with_rows`; every other attention, and the model's config itself, stay as they are. `attend_with_rows` pulls
+the rows from their owner, puts them beside keys and values and calls the implementation that the user chose.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+IMPLEMENTATION = "e2vpt"
+AttentionFunction = Callable[..., "tuple[Tensor, Tensor | None]"]
+
+
+class Rows(NamedTuple):
+    """Key and value rows of one attention; the first dimension B is 1 where all samples have the same rows.
+
+    Attributes:
+        key: (B, H, P, d).
+        value: (B, H, P, d).
+        num_behind: how many of the P rows, the last ones, go behind keys and values instead of before them.
+        score_bias: (B, P), added to the attention scores of the rows before the softmax; `None` adds nothing.
+    """
+
+    key: Tensor
+    value: Tensor
+    num_behind: int = 0
+    score_bias: Tensor | None = None
+
+
+class RowOwner(Protocol):
+    """Whoever gives an attention its rows."""
+
+    eager_attention: AttentionFunction
+
+    def rows(self, num_sequences: int, dtype: torch.dtype) -> Rows | None:
+        """The rows for a batch of `num_sequences` token sequences; `None` leaves the attention as it is."""
+
+
+class ConfigView:
+    """What an adapted attention sees as its config: the model's own, but for the attention implementation."""
+
+    def __init__(self, source: Any, owner: RowOwner) -> None:
+        self.__dict__.update(_e2vpt_source=source, _e2vpt_owner=owner)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return IMPLEMENTATION
+
+    def __getattr__(self, name: str) -> Any:
+        if "_e2vpt_source" not in self.__dict__:  # while being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.__dict__["_e2vpt_source"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_e2vpt_source"], name, value)
+
+
+class ModuleView:
+    """An attention module with the model's own config, for implementations that read it (flash attention)."""
+
+    def __init__(self, module: Any, config: Any) -> None:
+        self._module, self.config = module, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def owner_of(attention: nn.Module) -> RowOwner | None:
+    """Returns whoever gives `attention` its rows, or `None` where it is not adapted."""
+    config = attention.config
+    return config.__dict__["_e2vpt_owner"] if isinstance(config, ConfigView) else None
+
+
+def attach(attention: nn.Module, owner: RowOwner) -> None:
+    """Lets `owner` give rows to every later call of `attention`."""
+    detach(attention)
+    attention.config = ConfigView(attention.config, owner)
+
+
+def detach(attention: nn.Module) -> None:
+    """Gives `attention` the config object back that it had before `attach`."""
+    if isinstance(attention.config, ConfigView):
+        attention.config = attention.config.__dict__["_e2vpt_source"]
+
+
+def eager_attention_of(attention: nn.Module, name: str) -> AttentionFunction:
+    """Finds the eager attention function that the model file of `attention` falls back to.
+
+    Raises:
+        ValueError: the class does not reach its attention through transformers' attention interface.
+    """
+    forward = inspect.unwrap(type(attention).forward)
+    names = [used for used in forward.__code__.co_names if "eager" in used]
+    if "get_interface" not in forward.__code__.co_names or len(names) != 1:
+        raise ValueError(
+            f"{name} ({type(attention).__name__}) computes its attention by itself instead of through transformers' "
+            "attention interface, so no rows can join its keys and values. A newer transformers may help."
+        )
+    function: AttentionFunction = forward.__globals__[names[0]]
+    return function
+
+
+def _per_sequence(rows: Tensor, num_sequences: int) -> Tensor:
+    """Repeats rows (B, ...) for sequences in the order (sample, window): (num_sequences, ...)."""
+    if rows.shape[0] == 1:
+        return rows.expand(num_sequences, *rows.shape[1:])
+    return rows.repeat_interleave(num_sequences // rows.shape[0], dim=0)
+
+
+def _beside(rows: Tensor, middle: Tensor, num_behind: int, dim: int) -> Tensor:
+    num_before = rows.shape[dim] - num_behind
+    before, behind = rows.narrow(dim, 0, num_before), rows.narrow(dim, num_before, num_behind)
+    return torch.cat([before, middle, behind] if num_behind else [before, middle], dim=dim)
+
+
+def _extend_block_mask(mask: Any, before: int, behind: int) -> Any:
+    """Rebuilds a flex attention `BlockMask` so that every query sees the rows."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    num_queries, num_keys = mask.seq_lengths
+    mask_mod = mask.mask_mod
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        inner = (key - before).clamp(0, num_keys - 1)
+        return (key < before) | (key >= before + num_keys) | mask_mod(batch, head, query, inner)
+
+    batch, heads = mask.shape[:2]
+    device = mask.kv_num_blocks.device
+    return create_block_mask(sees, batch, heads, num_queries, before + num_keys + behind, device=device)
+
+
+def _extend_mask(mask: Any, rows: Rows, num_keys: int, dtype: torch.dtype, num_sequences: int) -> Any:
+    """Adds the columns of the rows to an attention mask: visible to every query, biased by `rows.score_bias`."""
+    behind = rows.num_behind
+    before = rows.key.shape[2] - behind
+    if mask is not None and not isinstance(mask, Tensor):
+        mask = _extend_block_mask(mask, before, behind)
+    elif mask is not None:
+        mask = F.pad(mask, (before, behind), value=1 if mask.dim() == 2 or mask.dtype == torch.bool else 0)
+    if rows.score_bias is None:
+        return mask
+    bias = _per_sequence(rows.score_bias.to(dtype), num_sequences)
+    bias = _beside(bias, bias.new_zeros(num_sequences, num_keys), behind, dim=1)[:, None, None, :]
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return mask + bias
+
+
+def attend_with_rows(
+    module: nn.Module | ModuleView,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Computes the attention of an adapted module, `K' = [P_K; K]` and `V' = [P_V; V]` (paper equation 5).
+
+    The signature is that of transformers' attention functions: query (B, H, N, d), key and value (B, H, N, d), a mask
+    that is `None`, (B or 1, H or 1, N, N), (B, N) or a flex attention `BlockMask`. Rows carry no position and are seen
+    by every query. Without rows the call goes through untouched.
+    """
+    view = module.config.__dict__
+    config, owner = view["_e2vpt_source"], view["_e2vpt_owner"]
+    implementation = config._attn_implementation
+    attend: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, owner.eager_attention)
+    if "flash" in implementation:
+        module = ModuleView(module, config)
+    num_sequences, _, num_keys, _ = key.shape
+    rows = owner.rows(num_sequences, key.dtype)
+    if rows is not None:
+        attention_mask = _extend_mask(attention_mask, rows, num_keys, query.dtype, num_sequences)
+        key = _beside(_per_sequence(rows.key.to(key.dtype), num_sequences), key, rows.num_behind, dim=2)
+        value = _beside(_per_sequence(rows.value.to(value.dtype), num_sequences), value, rows.num_behind, dim=2)
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(IMPLEMENTATION, attend_with_rows)

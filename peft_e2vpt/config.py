@@ -1,0 +1,198 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""What a user chooses: `E2VPTConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from .registration import peft_type
+
+
+INITIALISATIONS = ("xavier_uniform", "kaiming_uniform", "trunc_normal")
+CHOICES = {
+    "visual_prompt_mode": ("deep", "shallow"),
+    "kv_prompt_position": ("before", "after"),
+    "visual_prompt_init": INITIALISATIONS,
+    "kv_prompt_init": INITIALISATIONS,
+    "token_gate": ("attention", "embedding"),
+    "gate_scope": ("layer", "model"),
+    "segment_layout": ("contiguous", "strided"),
+    "pruned_prompts": ("remove", "zero"),
+}
+
+
+@dataclass
+class E2VPTConfig(PeftConfig):
+    """Configuration of E2VPT, "E2VPT: An Effective and Efficient Approach for Visual Prompt Tuning" (Han et al.,
+    ICCV 2023, arXiv 2307.13770).
+
+    Notation: an attention works on tokens of width D with H key/value heads of size d; M and n are the numbers of
+    visual and of key-value prompts.
+
+    Args:
+        num_visual_prompts (`int`, *optional*, defaults to 10):
+            M, the visual prompts of every adapted layer, a tensor (M, D) each (paper section 3.2). 0 for none.
+        num_kv_prompts (`int`, *optional*, defaults to 5):
+            n, the key-value prompts of every adapted self-attention, a tensor (1 or 2, H, n, d) each (section 3.2,
+            equation 5). 0 for none. At least one of the two counts is positive.
+        visual_prompt_mode (`str`, *optional*, defaults to `"deep"`):
+            `"deep"`: every layer has visual prompts of its own. `"shallow"`: one set enters the token sequence after
+            the class and register tokens of the first layer and leaves it after the last (VPT-Shallow, the
+            baseline); for plain backbones of one width only.
+        share_kv_prompts (`bool`, *optional*, defaults to `True`):
+            Whether the prompts of keys and values are one tensor (section 3.2, "shared").
+        share_kv_prompts_across_layers (`bool`, *optional*, defaults to `False`):
+            Whether all layers use the key-value prompts of the first. Needs equal heads in all layers.
+        kv_prompt_position (`str`, *optional*, defaults to `"before"`):
+            Whether key-value prompts come `"before"` or `"after"` the keys and values. The same function; the
+            columns of `output_attentions` differ.
+        visual_prompt_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout on the visual prompts while training, drawn anew for every sample.
+        visual_prompt_init (`str`, *optional*, defaults to `"xavier_uniform"`):
+            `"xavier_uniform"`: U(-v, v) with v = sqrt(6 / (3 p^2 + D)), p the patch size (as VPT).
+            `"kaiming_uniform"`: U(-v, v) with v = sqrt(6 / D). `"trunc_normal"`: standard deviation 0.02, cut at 2
+            standard deviations.
+        kv_prompt_init (`str`, *optional*, defaults to `"kaiming_uniform"`):
+            The same three names; `"kaiming_uniform"` has v = sqrt(6 / (n d)), `"xavier_uniform"` the v of the
+            visual prompts.
+        seed (`int`, *optional*):
+            Seed of the initial prompts. `None` draws from torch's global generator.
+        num_segments (`int`, *optional*, defaults to 8):
+            R, the parts of a visual prompt that segment-wise pruning keeps or removes (section 3.3, equation 8).
+            Every adapted width D must be divisible by R.
+        segment_layout (`str`, *optional*, defaults to `"contiguous"`):
+            `"contiguous"`: segment r is dimensions r D/R to (r + 1) D/R (paper). `"strided"`: dimension j belongs to
+            segment j mod R (released code).
+        token_gate (`str`, *optional*):
+            What the gate of a visual prompt multiplies when importance is measured. `"attention"`: the prompt's
+            attention weight, so that 0 is exactly removal. `"embedding"`: the prompt before the layer's norm (the
+            paper's letter, equation 6). Defaults to `"attention"`, in shallow mode to `"embedding"`, the only one
+            possible there.
+        gate_scope (`str`, *optional*, defaults to `"layer"`):
+            Whether prompts are ranked in each `"layer"` (paper) or one set of gates serves the whole `"model"`
+            (released code).
+        pruned_prompts (`str`, *optional*, defaults to `"remove"`):
+            `"remove"`: a pruned prompt takes no part in the attention. `"zero"`: it stays as a zero vector that
+            goes through the norm (released code).
+        target_modules (`list[str]` or `str`, *optional*):
+            Names of the self-attention modules to adapt: names or ends of names, or one regular expression that has
+            to match the whole name. `None` finds them.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Self-attentions to leave out, given in the same way.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Which of the found self-attentions to adapt, counted from 0 in the order of the layers.
+        modules_to_save (`list[str]`, *optional*):
+            Modules that are trained in full and saved with the adapter. `None` finds the head of the model; `[]`
+            trains none.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            Whether prompts start from the initialisations above; `False` leaves them at zero.
+
+    Raises:
+        ValueError: a choice is impossible; the message names the field, the value found and what to pass.
+    """
+
+    num_visual_prompts: int = field(default=10, metadata={"help": "Visual prompts of every adapted layer (M)."})
+    num_kv_prompts: int = field(default=5, metadata={"help": "Key-value prompts of every self-attention (n)."})
+    visual_prompt_mode: str = field(default="deep", metadata={"help": "'deep' or 'shallow' (VPT-Shallow)."})
+    share_kv_prompts: bool = field(default=True, metadata={"help": "One tensor for keys and values."})
+    share_kv_prompts_across_layers: bool = field(
+        default=False, metadata={"help": "All layers use the key-value prompts of the first."}
+    )
+    kv_prompt_position: str = field(default="before", metadata={"help": "'before' or 'after' keys and values."})
+    visual_prompt_dropout: float = field(default=0.1, metadata={"help": "Per-sample dropout of visual prompts."})
+    visual_prompt_init: str = field(
+        default="xavier_uniform", metadata={"help": f"Initial visual prompts: one of {INITIALISATIONS}."}
+    )
+    kv_prompt_init: str = field(
+        default="kaiming_uniform", metadata={"help": f"Initial key-value prompts: one of {INITIALISATIONS}."}
+    )
+    seed: int | None = field(default=None, metadata={"help": "Seed of the initial prompts."})
+    num_segments: int = field(default=8, metadata={"help": "Segments of every visual prompt (R)."})
+    segment_layout: str = field(default="contiguous", metadata={"help": "'contiguous' (paper) or 'strided'."})
+    token_gate: str | None = field(
+        default=None, metadata={"help": "What a prompt's gate multiplies: 'attention' weight or 'embedding'."}
+    )
+    gate_scope: str = field(default="layer", metadata={"help": "Gates per 'layer' or one set for the 'model'."})
+    pruned_prompts: str = field(default="remove", metadata={"help": "'remove' pruned prompts or set them to 'zero'."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Self-attentions to adapt; None finds them."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Self-attentions to leave as they are."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the self-attentions to adapt."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved; None finds the head."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Whether to draw the initial prompts."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        self._check_counts()
+        if self.token_gate is None:
+            self.token_gate = "embedding" if self.visual_prompt_mode == "shallow" else "attention"
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        if not 0.0 <= self.visual_prompt_dropout < 1.0:
+            raise ValueError(f"visual_prompt_dropout must be in [0, 1), got {self.visual_prompt_dropout}.")
+        self._check_names()
+        if self.visual_prompt_mode == "shallow":
+            self._check_shallow()
+
+    def _check_counts(self) -> None:
+        for name, least in (("num_visual_prompts", 0), ("num_kv_prompts", 0), ("num_segments", 1)):
+            value: Any = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        if self.num_visual_prompts == 0 and self.num_kv_prompts == 0:
+            raise ValueError(
+                "num_visual_prompts and num_kv_prompts are both 0, so there is nothing to tune; set one of them."
+            )
+        if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
+            raise ValueError(f"seed must be None or a whole number of at least 0, got {self.seed!r}.")
+
+    def _check_names(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple)):
+                value = sorted(value)
+                setattr(self, name, value)
+            if name == "modules_to_save" and isinstance(value, str):
+                raise ValueError(
+                    f"modules_to_save must be a list of names, got the string {value!r}: pass [{value!r}]."
+                )
+        if self.target_modules == "all-linear":
+            raise ValueError(
+                "target_modules='all-linear' names linear layers, but E2VPT adapts whole self-attentions: leave "
+                "target_modules at None to find them, or name the attention modules."
+            )
+        if isinstance(self.layers_to_transform, int):
+            self.layers_to_transform = [self.layers_to_transform]
+        if self.layers_to_transform is not None:
+            self.layers_to_transform = list(self.layers_to_transform)
+            if not self.layers_to_transform or min(self.layers_to_transform) < 0:
+                raise ValueError(
+                    f"layers_to_transform must hold layer numbers from 0 on, got {self.layers_to_transform}; "
+                    "None adapts all layers."
+                )
+
+    def _check_shallow(self) -> None:
+        if self.num_visual_prompts == 0:
+            raise ValueError("visual_prompt_mode='shallow' needs num_visual_prompts of at least 1, got 0.")
+        if self.token_gate == "attention":
+            raise ValueError(
+                "token_gate='attention' is not possible with visual_prompt_mode='shallow', where prompts are tokens "
+                "of the sequence in every layer: pass token_gate='embedding' or leave it at None."
+            )
+        if self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform cannot be combined with visual_prompt_mode='shallow', whose prompts enter "
+                "before the first layer and leave after the last: leave it at None."
+            )
