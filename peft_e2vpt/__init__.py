@@ -1,13 +1,38 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """E2VPT, effective and efficient visual prompt tuning, as a PEFT method. Importing this package registers it."""
 
+from .callback import PruneRewindCallback
 from .config import E2VPTConfig
+from .importance import ImportanceScores, score_prompts
 from .layer import E2VPTLayer
 from .model import E2VPTModel, PromptSummary
+from .pruning import Gates, apply_gates, prune, prune_to_budget
 from .registration import register
+from .report import PruningReport
+from .rewinding import redraw, rewind, trained_tensors
+from .search import PruningSearch, search_pruning
 from .version import __version__
 
 
-__all__ = ["E2VPTConfig", "E2VPTLayer", "E2VPTModel", "PromptSummary", "__version__"]
+__all__ = [
+    "E2VPTConfig",
+    "E2VPTLayer",
+    "E2VPTModel",
+    "Gates",
+    "ImportanceScores",
+    "PromptSummary",
+    "PruneRewindCallback",
+    "PruningReport",
+    "PruningSearch",
+    "__version__",
+    "apply_gates",
+    "prune",
+    "prune_to_budget",
+    "redraw",
+    "rewind",
+    "score_prompts",
+    "search_pruning",
+    "trained_tensors",
+]
 
 register(E2VPTConfig, E2VPTModel)

@@ -78,19 +78,19 @@ class ModuleView:
         return getattr(self._module, name)
 
 
-def owner_of(attention: nn.Module) -> RowOwner | None:
+def owner_of(attention: Any) -> RowOwner | None:
     """Returns whoever gives `attention` its rows, or `None` where it is not adapted."""
     config = attention.config
     return config.__dict__["_e2vpt_owner"] if isinstance(config, ConfigView) else None
 
 
-def attach(attention: nn.Module, owner: RowOwner) -> None:
+def attach(attention: Any, owner: RowOwner) -> None:
     """Lets `owner` give rows to every later call of `attention`."""
     detach(attention)
     attention.config = ConfigView(attention.config, owner)
 
 
-def detach(attention: nn.Module) -> None:
+def detach(attention: Any) -> None:
     """Gives `attention` the config object back that it had before `attach`."""
     if isinstance(attention.config, ConfigView):
         attention.config = attention.config.__dict__["_e2vpt_source"]
@@ -135,7 +135,8 @@ def _extend_block_mask(mask: Any, before: int, behind: int) -> Any:
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         inner = (key - before).clamp(0, num_keys - 1)
-        return (key < before) | (key >= before + num_keys) | mask_mod(batch, head, query, inner)
+        seen: Tensor = (key < before) | (key >= before + num_keys) | mask_mod(batch, head, query, inner)
+        return seen
 
     batch, heads = mask.shape[:2]
     device = mask.kv_num_blocks.device

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 
-PrefixTokens = Callable[[Any], "int | None"]
+PrefixTokens = int | None | Callable[[Any], int | None]
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,17 @@ class Backbone:
         norm: name of the norm before the attention, an attribute of the block.
         key: name of the key projection, an attribute of the attention.
         value: name of the value projection, an attribute of the attention.
-        prefix_tokens: class and register tokens at the front of the sequence, given the model's config; `None` where
-            tokens cannot be inserted into the sequence (windows, relative position bias, padding masks).
+        prefix_tokens: class and register tokens at the front of the sequence, or a function of the model's config that
+            counts them; `None` where tokens cannot be inserted into the sequence (windows, relative position bias,
+            padding masks).
         windows: whether the attention sees every image as several windows, in the order (image, window).
     """
 
     norm: str
     key: str = "k_proj"
     value: str = "v_proj"
-    prefix_tokens: PrefixTokens = lambda config: None
+    prefix_tokens: PrefixTokens = None
     windows: bool = False
-
-
-def _tokens(count: int) -> PrefixTokens:
-    return lambda config: count
 
 
 def _class_and_registers(config: Any) -> int:
@@ -54,16 +51,16 @@ def _class_without_bias(config: Any) -> int | None:
 
 BACKBONES: dict[str, Backbone] = {
     # class of self-attention                block.norm                   tokens before the patches
-    "ViTAttention": Backbone("layernorm_before", prefix_tokens=_tokens(1)),
-    "ViTMSNAttention": Backbone("layernorm_before", prefix_tokens=_tokens(1)),
-    "DeiTAttention": Backbone("layernorm_before", prefix_tokens=_tokens(2)),  # class and distillation token
-    "IJepaAttention": Backbone("layernorm_before", prefix_tokens=_tokens(0)),
-    "Dinov2Attention": Backbone("norm1", prefix_tokens=_tokens(1)),
+    "ViTAttention": Backbone("layernorm_before", prefix_tokens=1),
+    "ViTMSNAttention": Backbone("layernorm_before", prefix_tokens=1),
+    "DeiTAttention": Backbone("layernorm_before", prefix_tokens=2),  # class and distillation token
+    "IJepaAttention": Backbone("layernorm_before", prefix_tokens=0),
+    "Dinov2Attention": Backbone("norm1", prefix_tokens=1),
     "Dinov2WithRegistersAttention": Backbone("norm1", prefix_tokens=_class_and_registers),
     "DINOv3ViTAttention": Backbone("norm1", prefix_tokens=_class_and_registers),
     "BeitAttention": Backbone("layernorm_before", prefix_tokens=_class_without_bias),
-    "CLIPAttention": Backbone("layer_norm1", prefix_tokens=_tokens(1)),
-    "SiglipAttention": Backbone("layer_norm1", prefix_tokens=_tokens(0)),
+    "CLIPAttention": Backbone("layer_norm1", prefix_tokens=1),
+    "SiglipAttention": Backbone("layer_norm1", prefix_tokens=0),
     "Siglip2Attention": Backbone("layer_norm1"),
     "SwinAttention": Backbone("layernorm_before", windows=True),
 }
@@ -81,8 +78,8 @@ class AttentionSite:
     """
 
     name: str
-    attention: nn.Module
-    block: nn.Module
+    attention: Any
+    block: Any
     backbone: Backbone
 
     @property
@@ -114,7 +111,8 @@ class AttentionSite:
     @property
     def prefix_tokens(self) -> int | None:
         """Class and register tokens of the sequence; `None` where tokens cannot be inserted."""
-        return self.backbone.prefix_tokens(self.attention.config)
+        tokens = self.backbone.prefix_tokens
+        return tokens(self.attention.config) if callable(tokens) else tokens
 
     def project(self, prompts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Turns prompts (B, M, D) into the key and value rows that inserted tokens would have, each (B, H, M, d).

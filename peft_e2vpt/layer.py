@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,11 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         "e2vpt_kv_source",
         "e2vpt_config",
     )
+    # of BaseTunerLayer
+    active_adapters: list[str]
+    disable_adapters: bool
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[..., None]
 
     def __init__(self, site: AttentionSite, index: int) -> None:
         super().__init__()
@@ -110,7 +116,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------------------------------------ PEFT's contract
     def get_base_layer(self) -> nn.Module:
         """The adapted self-attention."""
-        return self.site.attention
+        attention: nn.Module = self.site.attention
+        return attention
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
         parameters = list(base_layer.parameters())
@@ -136,44 +143,50 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             if adapter_name in (container := getattr(self, name)):
                 del container[adapter_name]
         self.e2vpt_config[adapter_name] = config
-        generator = None
-        if config.seed is not None:
-            generator = torch.Generator("cpu").manual_seed(config.seed + 7919 * self.index)
         if has_visual_prompts and config.num_visual_prompts:
-            self._create_visual_prompts(adapter_name, config, generator)
+            self._create_visual_prompts(adapter_name, config)
         if kv_source is not None:
             self._share_kv_prompts(adapter_name, kv_source)
         elif config.num_kv_prompts:
-            self._create_kv_prompts(adapter_name, config, generator)
+            self._create_kv_prompts(adapter_name, config)
+        if config.init_weights:
+            self.draw_prompts(adapter_name, config.seed)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _create_visual_prompts(self, adapter_name: str, config: E2VPTConfig, generator: Any) -> None:
+    def _create_visual_prompts(self, adapter_name: str, config: E2VPTConfig) -> None:
         width, segments = self.site.width, config.num_segments
         if width % segments:
             raise ValueError(
                 f"The width {width} of {self.site.name} is not divisible by num_segments={segments}: pass one of "
                 f"num_segments={', '.join(str(r) for r in range(1, 65) if width % r == 0)}."
             )
-        shape = (config.num_visual_prompts, width)
-        if config.init_weights:
-            fans = 3 * self.site.patch_area + width
-            prompts = _draw(shape, config.visual_prompt_init, width, fans, generator)
-        else:
-            prompts = torch.zeros(shape)
-        self.e2vpt_visual_prompts[adapter_name] = nn.Parameter(prompts)
+        self.e2vpt_visual_prompts[adapter_name] = nn.Parameter(torch.zeros(config.num_visual_prompts, width))
         self.e2vpt_token_gates[adapter_name] = torch.ones(config.num_visual_prompts)
         self.e2vpt_segment_gates[adapter_name] = torch.ones(config.num_visual_prompts, segments)
 
-    def _create_kv_prompts(self, adapter_name: str, config: E2VPTConfig, generator: Any) -> None:
-        site, count = self.site, config.num_kv_prompts
-        shape = (1 if config.share_kv_prompts else 2, site.num_key_value_heads, count, site.head_dim)
-        if config.init_weights:
-            fans = 3 * site.patch_area + site.width
-            prompts = _draw(shape, config.kv_prompt_init, count * site.head_dim, fans, generator)
-        else:
-            prompts = torch.zeros(shape)
-        self.e2vpt_kv_prompts[adapter_name] = nn.Parameter(prompts)
+    def _create_kv_prompts(self, adapter_name: str, config: E2VPTConfig) -> None:
+        site, copies = self.site, 1 if config.share_kv_prompts else 2
+        shape = (copies, site.num_key_value_heads, config.num_kv_prompts, site.head_dim)
+        self.e2vpt_kv_prompts[adapter_name] = nn.Parameter(torch.zeros(shape))
+
+    @torch.no_grad()
+    def draw_prompts(self, adapter_name: str, seed: int | None) -> None:
+        """Draws the prompts of an adapter anew from their initial distributions, in place.
+
+        Args:
+            adapter_name: name of the adapter.
+            seed: of the draw, together with the number of the layer; `None` uses torch's global generator.
+        """
+        config, site = self.e2vpt_config[adapter_name], self.site
+        generator = None if seed is None else torch.Generator("cpu").manual_seed(seed + 7919 * self.index)
+        fans = 3 * site.patch_area + site.width
+        if adapter_name in self.e2vpt_visual_prompts:
+            prompts = self.e2vpt_visual_prompts[adapter_name]
+            prompts.copy_(_draw(prompts.shape, config.visual_prompt_init, site.width, fans, generator))
+        if adapter_name in self.e2vpt_kv_prompts:
+            prompts = self.e2vpt_kv_prompts[adapter_name]
+            prompts.copy_(_draw(prompts.shape, config.kv_prompt_init, prompts[0, 0].numel(), fans, generator))
 
     def _share_kv_prompts(self, adapter_name: str, source: E2VPTLayer) -> None:
         ours, theirs = self.site, source.site

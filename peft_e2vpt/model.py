@@ -134,6 +134,7 @@ class E2VPTModel(BaseTuner):
     prefix = "e2vpt_"
     tuner_layer_cls = E2VPTLayer
     target_module_mapping: dict[str, list[str]] = {}
+    model: Any  # the adapted model
 
     # ------------------------------------------------------------------------------------------- finding and creating
     def _prepare_adapter_config(self, peft_config: E2VPTConfig, model_config: dict[str, Any]) -> E2VPTConfig:
@@ -229,19 +230,13 @@ class E2VPTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        container = getattr(self.model, CONTAINER, None)
-        if container is None:
-            container = PromptLayers(self.model)
-            self.model.add_module(CONTAINER, container)
-        index, site = self._sites[current_key]
-        layer = owner_of(target)
-        if not isinstance(layer, E2VPTLayer):
-            layer = container[str(index)] = E2VPTLayer(site, index)
-        first = container[str(self._sites[self._targets[0]][0])]
+        # modules come in the order of the model, targets vision first: the first of them may be yet to come
+        layer, first = self._layer_of(current_key), self._layer_of(self._targets[0])
         shallow = peft_config.visual_prompt_mode == "shallow"
         kv_source = first if peft_config.share_kv_prompts_across_layers and layer is not first else None
         layer.update_layer(adapter_name, peft_config, not shallow or layer is first, kv_source)
         if shallow and layer is first:
+            site, container = layer.site, getattr(self.model, CONTAINER)
             if adapter_name in container.insertions:
                 container.insertions.pop(adapter_name).detach()
             last_block = self._sites[self._targets[-1]][1].block
@@ -249,6 +244,16 @@ class E2VPTModel(BaseTuner):
             container.insertions[adapter_name] = ShallowInsertion(layer, last_block, site.prefix_tokens)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
+
+    def _layer_of(self, name: str) -> E2VPTLayer:
+        """The prompt layer of the self-attention called `name`, made on first demand."""
+        index, site = self._sites[name]
+        layer = owner_of(site.attention)
+        if not isinstance(layer, E2VPTLayer):
+            if not hasattr(self.model, CONTAINER):
+                self.model.add_module(CONTAINER, PromptLayers(self.model))
+            layer = getattr(self.model, CONTAINER)[str(index)] = E2VPTLayer(site, index)
+        return layer
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -325,7 +330,8 @@ class E2VPTModel(BaseTuner):
         self._restore_base_model()
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
-        return self.model
+        model: nn.Module = self.model
+        return model
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; with the last one, the base model is what it was before."""

@@ -1,0 +1,142 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""From scores to gates: ranking, bounds and budgets, as pure functions (paper section 3.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .importance import ImportanceScores, visual_prompt_layers
+
+
+MIN_TOKENS = 1
+MIN_SEGMENTS = 4
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Which visual prompts, and which segments of them, stay: 1 keeps and 0 prunes.
+
+    L is the number of prompted layers, or 1 where one set of gates serves the whole model.
+
+    Attributes:
+        token: (L, M).
+        segment: (L, M, R); those of a pruned prompt are all 0.
+    """
+
+    token: Tensor
+    segment: Tensor
+
+    def num_values(self, widths: Sequence[int]) -> int:
+        """Prompt values that stay, given the width D of every prompted layer."""
+        alive = self.segment.sum(dim=(1, 2))
+        return sum(int(alive[i if len(alive) > 1 else 0]) * w // self.segment.shape[-1] for i, w in enumerate(widths))
+
+
+def number_to_prune(count: int, amount: float | int, minimum: int) -> int:
+    """How many of `count` things to prune so that `minimum` of them stay.
+
+    Args:
+        count: how many there are.
+        amount: a ratio (float, rounded down as in the released code) or a number (int).
+        minimum: how many stay at least; all stay where `count` is not above it.
+
+    Raises:
+        ValueError: a ratio outside 0 to 1, or a number that leaves fewer than `minimum`.
+    """
+    most = max(count - minimum, 0)
+    if isinstance(amount, int):
+        if not 0 <= amount <= most:
+            raise ValueError(f"Of {count}, 0 to {most} can be pruned so that {minimum} stay, got {amount}.")
+        return amount
+    if not 0.0 <= amount <= 1.0:
+        raise ValueError(f"A pruning ratio lies between 0 and 1, got {amount}; pass a whole number to prune so many.")
+    return min(math.floor(amount * count + 1e-9), most)
+
+
+def _keep_highest(scores: Tensor, num_pruned: int) -> Tensor:
+    """Gates (..., K) of scores (..., K) with the lowest set to 0; of equal scores the first goes first."""
+    lowest = scores.argsort(dim=-1, stable=True)[..., :num_pruned]
+    return torch.ones_like(scores).scatter(-1, lowest, 0.0)
+
+
+def prune(
+    scores: ImportanceScores,
+    tokens: float | int = 0.0,
+    segments: float | int = 0.0,
+    *,
+    min_tokens: int = MIN_TOKENS,
+    min_segments: int = MIN_SEGMENTS,
+) -> Gates:
+    """Prunes the prompts with the lowest scores in each layer, then the segments with the lowest in each survivor.
+
+    Args:
+        scores: importance of prompts and segments.
+        tokens: the ratio (float) or number (int) of prompts to prune in every layer.
+        segments: the same for the segments of every prompt that stays.
+        min_tokens: prompts that stay in every layer at least.
+        min_segments: segments that stay in every prompt at least.
+
+    Raises:
+        ValueError: an amount is impossible; see `number_to_prune`.
+    """
+    token = _keep_highest(scores.token, number_to_prune(scores.token.shape[-1], tokens, min_tokens))
+    segment = _keep_highest(scores.segment, number_to_prune(scores.segment.shape[-1], segments, min_segments))
+    return Gates(token, segment * token[..., None])
+
+
+def prune_to_budget(
+    scores: ImportanceScores,
+    max_values: int,
+    widths: Sequence[int],
+    *,
+    min_tokens: int = MIN_TOKENS,
+    min_segments: int = MIN_SEGMENTS,
+) -> Gates:
+    """Prunes prompts and segments at one common ratio, the smallest that leaves at most `max_values` prompt values.
+
+    Args:
+        scores: importance of prompts and segments.
+        max_values: the budget, in values of visual prompts over all layers.
+        widths: the width D of every prompted layer.
+        min_tokens: prompts that stay in every layer at least.
+        min_segments: segments that stay in every prompt at least.
+
+    Raises:
+        ValueError: the bounds leave more values than the budget has.
+    """
+    num_tokens, num_segments = scores.segment.shape[-2:]
+    ratios = {k / count for count in (num_tokens, num_segments) for k in range(count + 1)}
+    gates = prune(scores, min_tokens=min_tokens, min_segments=min_segments)
+    for ratio in sorted(ratios):
+        gates = prune(scores, ratio, ratio, min_tokens=min_tokens, min_segments=min_segments)
+        if gates.num_values(widths) <= max_values:
+            return gates
+    raise ValueError(
+        f"A budget of {max_values:,} prompt values is too small: with at least {min_tokens} prompts a layer and "
+        f"{min_segments} segments a prompt, {gates.num_values(widths):,} values stay. Raise the budget or lower the "
+        "bounds."
+    )
+
+
+def apply_gates(model: nn.Module, gates: Gates, adapter_name: str | None = None) -> None:
+    """Fixes gates in a model: pruned prompts and segments have no effect, no gradient and no value from here on.
+
+    Args:
+        model: a PEFT model with E2VPT.
+        gates: gates of its prompted layers.
+        adapter_name: which adapter, by default the active one.
+
+    Raises:
+        ValueError: the gates are of another number of layers.
+    """
+    adapter_name, layers = visual_prompt_layers(model, adapter_name)
+    if len(gates.token) not in (1, len(layers)):
+        raise ValueError(f"The model has {len(layers)} prompted layers, but the gates are for {len(gates.token)}.")
+    for i, layer in enumerate(layers):
+        row = i if len(gates.token) > 1 else 0
+        layer.set_gates(adapter_name, gates.token[row], gates.segment[row])

@@ -1,0 +1,64 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""Rewinding: giving the trained tensors the values back that training starts from (paper section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from .model import prompt_layers
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies all trained parameters of a model, prompts and head, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def rewind(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Gives the trained parameters, in place, the values of an earlier `trained_tensors`; pruned values stay zero.
+
+    Raises:
+        ValueError: the model trains other parameters than those given.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trained.keys() != tensors.keys():
+        differing = sorted(trained.keys() ^ tensors.keys())
+        raise ValueError(f"The model trains other parameters than those to rewind to: {', '.join(differing[:4])}.")
+    for name, parameter in trained.items():
+        parameter.copy_(tensors[name])
+    _clear_pruned_values(model)
+
+
+@torch.no_grad()
+def redraw(model: nn.Module, adapter_name: str, seed: int) -> None:
+    """Draws prompts and head of an adapter anew from their initial distributions; pruned values stay zero.
+
+    Raises:
+        ValueError: a module of the head has weights but no `reset_parameters`.
+    """
+    for layer in prompt_layers(model):
+        if adapter_name in layer.e2vpt_config:
+            layer.draw_prompts(adapter_name, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                _reset_parameters(module.modules_to_save[adapter_name])
+    _clear_pruned_values(model)
+
+
+def _reset_parameters(head: nn.Module) -> None:
+    for module in head.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        elif any(True for _ in module.parameters(recurse=False)):
+            raise ValueError(f"{type(module).__name__} in the head cannot be drawn anew: rewind to 'init' instead.")
+
+
+def _clear_pruned_values(model: nn.Module) -> None:
+    for layer in prompt_layers(model):
+        for adapter_name in layer.e2vpt_visual_prompts:
+            layer.clear_pruned_values(adapter_name)

@@ -1,0 +1,171 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""Choosing how much to prune without training for every choice: `search_pruning`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel, send_to_device
+from torch import Tensor, nn
+
+from .importance import ImportanceScores, batches, no_trace, sum_over_processes, visual_prompt_layers
+from .layer import GateOverride
+from .pruning import MIN_SEGMENTS, MIN_TOKENS, Gates, prune
+
+
+RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+Quality = Callable[[Any, dict[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to prune and what it gives on validation data.
+
+    Attributes:
+        token_ratio: ratio of prompts pruned in every layer.
+        segment_ratio: ratio of segments pruned in every prompt that stays.
+        num_values: values of visual prompts that stay.
+        quality: mean over the validation samples, the higher the better.
+    """
+
+    token_ratio: float
+    segment_ratio: float
+    num_values: int
+    quality: float = float("nan")
+
+
+@dataclass(frozen=True)
+class PruningSearch:
+    """The candidates of a search and the choice among them.
+
+    Attributes:
+        candidates: all that differ, from the least pruned on.
+        chosen: index of the choice: the highest quality, of equal ones the most pruned.
+        gates: the gates of the choice.
+    """
+
+    candidates: list[Candidate]
+    chosen: int
+    gates: Gates
+
+    def __str__(self) -> str:
+        lines = [f"{'tokens':>7}  {'segments':>8}  {'values':>9}  {'quality':>8}"]
+        lines += [
+            f"{c.token_ratio:>7.0%}  {c.segment_ratio:>8.0%}  {c.num_values:>9,}  {c.quality:>8.4f}"
+            + ("  chosen" if i == self.chosen else "")
+            for i, c in enumerate(self.candidates)
+        ]
+        return "\n".join(lines)
+
+
+def default_quality(outputs: Any, batch: dict[str, Any]) -> Tensor:
+    """Per sample (B,): whether the label is right, or for soft and multiple labels minus the binary cross entropy."""
+    labels, logits = batch["labels"], outputs["logits"].float()
+    if labels.is_floating_point():
+        return -F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").flatten(1).mean(1)
+    correct: Tensor = logits.argmax(-1) == labels
+    return correct.float()
+
+
+def _distinct_candidates(
+    scores: ImportanceScores,
+    token_ratios: Sequence[float],
+    segment_ratios: Sequence[float],
+    widths: Sequence[int],
+    bounds: dict[str, int],
+) -> tuple[list[Candidate], list[Gates]]:
+    candidates: list[Candidate] = []
+    gates: list[Gates] = []
+    for token_ratio in sorted(set(token_ratios) | {0.0}):
+        for segment_ratio in sorted(set(segment_ratios) | {0.0}):
+            new = prune(scores, token_ratio, segment_ratio, **bounds)
+            if not any(torch.equal(new.segment, old.segment) for old in gates):
+                candidates.append(Candidate(token_ratio, segment_ratio, new.num_values(widths)))
+                gates.append(new)
+    return candidates, gates
+
+
+@torch.no_grad()
+def search_pruning(
+    model: nn.Module,
+    scores: ImportanceScores,
+    dataloader: Iterable[dict[str, Any]],
+    *,
+    token_ratios: Sequence[float] = RATIOS,
+    segment_ratios: Sequence[float] = RATIOS,
+    min_tokens: int = MIN_TOKENS,
+    min_segments: int = MIN_SEGMENTS,
+    quality: Quality = default_quality,
+    max_rows: int = 64,
+    adapter_name: str | None = None,
+    seed: int | None = None,
+) -> PruningSearch:
+    """Tries every token ratio with every segment ratio (0 included) on validation data and chooses the best.
+
+    Only forward passes, without training in between: several candidates share one batch, in which every sample has
+    the gates of its candidate. Leaves the model as it was. Run by several processes, each on its share of the data,
+    all get the same result.
+
+    Args:
+        model: a trained PEFT model with E2VPT.
+        scores: importance of its prompts.
+        dataloader: validation batches as the model takes them, with labels.
+        token_ratios: ratios of prompts to prune in every layer.
+        segment_ratios: ratios of segments to prune in every prompt that stays.
+        min_tokens: prompts that stay in every layer at least.
+        min_segments: segments that stay in every prompt at least.
+        quality: a function of the model's output and the batch that returns one number per sample (B,), the higher
+            the better; by default whether the label is right.
+        max_rows: samples times candidates in one forward pass.
+        adapter_name: which adapter, by default the active one.
+        seed: makes random augmentations of the data repeatable.
+
+    Raises:
+        ValueError: the scores do not fit the model, or the dataloader is empty.
+    """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    adapter_name, layers = visual_prompt_layers(model, adapter_name)
+    if len(scores.token) not in (1, len(layers)):
+        raise ValueError(f"The model has {len(layers)} prompted layers, but the scores are for {len(scores.token)}.")
+    on = "attention" if layers[0].e2vpt_config[adapter_name].pruned_prompts == "remove" else "embedding"
+    device = layers[0].e2vpt_visual_prompts[adapter_name].device
+    widths = [layer.site.width for layer in layers]
+    bounds = {"min_tokens": min_tokens, "min_segments": min_segments}
+    candidates, gates = _distinct_candidates(scores, token_ratios, segment_ratios, widths, bounds)
+    token = torch.stack([g.token for g in gates]).float().to(device)  # (candidates, L, M)
+    segment = torch.stack([g.segment for g in gates]).float().to(device)
+    totals = torch.zeros(len(candidates) + 1, dtype=torch.float64)  # the last one counts samples
+    with no_trace(model, seed):
+        try:
+            for batch in batches(dataloader, None, "Comparing prunings"):
+                batch = send_to_device(dict(batch), device)
+                size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+                group = max(max_rows // size, 1)
+                for start in range(0, len(candidates), group):
+                    stop = min(start + group, len(candidates))
+                    copies = {
+                        name: torch.cat([value] * (stop - start)) if isinstance(value, Tensor) else value
+                        for name, value in batch.items()
+                    }
+                    for i, layer in enumerate(layers):
+                        row = i if len(scores.token) > 1 else 0
+                        layer.gate_override = GateOverride(
+                            token[start:stop, row].repeat_interleave(size, dim=0),
+                            segment[start:stop, row].repeat_interleave(size, dim=0),
+                            on,
+                        )
+                    totals[start:stop] += quality(model(**copies), copies).view(stop - start, size).sum(1).cpu()
+                totals[-1] += size
+        finally:
+            for layer in layers:
+                layer.gate_override = None
+    totals = sum_over_processes(totals, device)
+    if not totals[-1]:
+        raise ValueError("The dataloader gave no validation sample to compare prunings with.")
+    measured = [replace(c, quality=float(q)) for c, q in zip(candidates, totals[:-1] / totals[-1], strict=True)]
+    chosen = max(range(len(measured)), key=lambda i: (measured[i].quality, -measured[i].num_values))
+    return PruningSearch(measured, chosen, gates[chosen])
