@@ -162,6 +162,12 @@ def _extend_mask(mask: Any, rows: Rows, num_keys: int, dtype: torch.dtype, num_s
     return mask + bias
 
 
+def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
+    """As transformers' sdpa decides it for calls without a mask."""
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
 def attend_with_rows(
     module: nn.Module | ModuleView,
     query: Tensor,
@@ -185,6 +191,11 @@ def attend_with_rows(
     num_sequences, _, num_keys, _ = key.shape
     rows = owner.rows(num_sequences, key.dtype)
     if rows is not None:
+        if "flash" in implementation:  # aligns a causal mask with the last keys
+            rows = rows._replace(num_behind=0)
+        elif implementation == "sdpa" and attention_mask is None and _is_causal(module, kwargs):
+            # sdpa aligns it with the first keys, which are rows now
+            attention_mask = torch.ones(num_keys, num_keys, dtype=torch.bool, device=key.device).tril()[None, None]
         attention_mask = _extend_mask(attention_mask, rows, num_keys, query.dtype, num_sequences)
         key = _beside(_per_sequence(rows.key.to(key.dtype), num_sequences), key, rows.num_behind, dim=2)
         value = _beside(_per_sequence(rows.value.to(value.dtype), num_sequences), value, rows.num_behind, dim=2)

@@ -99,7 +99,9 @@ class AttentionSite:
 
     @property
     def patch_area(self) -> int:
-        """p^2, the pixels of a patch."""
+        """p^2, the pixels of a patch; 0 in a text tower."""
+        if not self.is_vision:
+            return 0
         patch_size = self.attention.config.patch_size
         return math.prod(patch_size) if isinstance(patch_size, (list, tuple)) else int(patch_size) ** 2
 
@@ -111,6 +113,8 @@ class AttentionSite:
     @property
     def prefix_tokens(self) -> int | None:
         """Class and register tokens of the sequence; `None` where tokens cannot be inserted."""
+        if not self.is_vision:  # a causal mask of fixed size
+            return None
         tokens = self.backbone.prefix_tokens
         return tokens(self.attention.config) if callable(tokens) else tokens
 
@@ -124,7 +128,7 @@ class AttentionSite:
         norm = getattr(self.block, self.backbone.norm)
         weight = getattr(norm, "weight", None)
         hidden = norm(prompts.to(weight.dtype if weight is not None else dtype))
-        shape = (*hidden.shape[:-1], -1, self.head_dim)
+        shape = (*hidden.shape[:-1], self.num_key_value_heads, self.head_dim)
         key = getattr(self.attention, self.backbone.key)(hidden).view(shape).transpose(1, 2)
         value = getattr(self.attention, self.backbone.value)(hidden).view(shape).transpose(1, 2)
         return key, value

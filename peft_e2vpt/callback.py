@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .importance import ImportanceScores, score_prompts, visual_prompt_layers
-from .model import prompt_layers
-from .pruning import MIN_SEGMENTS, MIN_TOKENS, Gates, apply_gates, prune, prune_to_budget
-from .report import PruningReport
+from .pruning import MIN_SEGMENTS, MIN_TOKENS, Gates, apply_gates, current_gates, prune, prune_to_budget
+from .report import REPORT_NAME, PruningReport
 from .rewinding import redraw, rewind, trained_tensors
 from .schedule import TwoPartSchedule
 from .search import PruningSearch, search_pruning
@@ -40,6 +41,11 @@ def _running_trainer() -> Trainer:
             return trainer
         frame = frame.f_back
     raise RuntimeError("PruneRewindCallback works inside Trainer.train(): pass it as Trainer(callbacks=[...]).")
+
+
+def _is_stream(dataset: Any) -> bool:
+    """Whether a data set has no length or cannot be read at an index."""
+    return isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset)
 
 
 class PruneRewindCallback(TrainerCallback, ExportableState):
@@ -108,6 +114,8 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
             raise ValueError(f"prune_after as a fraction of the run lies between 0 and 1, got {prune_after}.")
         if (rewind_to == "early") != (early_steps > 0):
             raise ValueError(f"rewind_to='early' and early_steps go together, got {rewind_to!r} and {early_steps}.")
+        if max_tuned_percentage is not None and not 0.0 < max_tuned_percentage < 100.0:
+            raise ValueError(f"max_tuned_percentage lies between 0 and 100, got {max_tuned_percentage}.")
         if max_tuned_percentage is not None and (tokens is not None or segments is not None):
             raise ValueError("Pass either a budget, max_tuned_percentage, or amounts, tokens and segments, not both.")
         self.prune_after = prune_after
@@ -122,8 +130,11 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
         self.max_score_batches = max_score_batches
         self.validation_dataset = validation_dataset
         self.report: PruningReport | None = None
+        self._initial: dict[str, Tensor] = {}
+        self._initial_gates: Gates | None = None
         self._target: dict[str, Tensor] = {}
         self._target_path: str | None = None
+        self._had_validation_dataset = validation_dataset is not None
         self._pruned = False
         self._second_start: int | None = None
         self._attempt: Any = None
@@ -146,6 +157,7 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
                 "_pruned": self._pruned,
                 "_second_start": self._second_start,
                 "_target_path": self._target_path,
+                "_had_validation_dataset": self._had_validation_dataset,
             },
         }
 
@@ -158,8 +170,11 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
             )
         for name, value in saved["attributes"].items():
             setattr(self, name, value)
+        self.report = None
         if self._pruned:
-            self.report = PruningReport.load(output_dir)
+            assert self._target_path is not None
+            folders = (Path(output_dir), Path(self._target_path).parent)
+            self.report = PruningReport.load(next((f for f in folders if (f / REPORT_NAME).exists()), output_dir))
         elif self.rewind_to in ("init", "early"):
             if self._target_path is None or not Path(self._target_path).exists():
                 raise FileNotFoundError(
@@ -175,11 +190,17 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
         """Checks that the run has room for its phases, and keeps the values to rewind to."""
         trainer = self._trainer = _running_trainer()
         model = trainer.model
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise ValueError(
+                "PruneRewindCallback does not work where DeepSpeed or FSDP shard the trained tensors: train with DDP "
+                "(E2VPT trains so few values that nothing is saved by sharding them)."
+            )
         if sum(isinstance(callback, PruneRewindCallback) for callback in trainer.callback_handler.callbacks) > 1:
             raise ValueError("The Trainer has more than one PruneRewindCallback: pass one.")
         adapter_name, layers = visual_prompt_layers(model)
-        self._boundary = self._find_boundary(state)
         self._check_sets(trainer)
+        self._boundary = self._find_boundary(args, state, kwargs["train_dataloader"])
+        self._check_amounts(trainer, adapter_name)
         if state.global_step == 0:
             self._start(trainer, adapter_name)
         else:
@@ -193,9 +214,9 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
             self._second_start,
         )
 
-    def _find_boundary(self, state: TrainerState) -> int:
+    def _find_boundary(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:
         """The optimizer step after which the first part ends."""
-        per_epoch = state.max_steps / state.num_train_epochs
+        per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps) if has_length(dataloader) else 0
         steps_per_unit = {"fraction": state.max_steps, "epochs": per_epoch, "steps": 1}[self.unit]
         boundary = round(float(self.prune_after * steps_per_unit))
         first = max(1, self.early_steps)
@@ -207,17 +228,39 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
         return boundary
 
     def _check_sets(self, trainer: Trainer) -> None:
-        if isinstance(trainer.train_dataset, torch.utils.data.IterableDataset):
+        if _is_stream(trainer.train_dataset):
             raise ValueError(
                 "PruneRewindCallback scores prompts on the training set and needs one with a length and an index, got "
                 f"the stream {type(trainer.train_dataset).__name__}."
             )
-        if self.searches and self._validation_data(trainer) is None:
+        if not self.searches:
+            return
+        if self._had_validation_dataset and self.validation_dataset is None:
+            raise ValueError(
+                "The checkpoint cannot hold the validation_dataset of PruneRewindCallback: leave "
+                "restore_callback_states_from_checkpoint at False, and the callback that was passed goes on."
+            )
+        data = self._validation_data(trainer)
+        if data is not None and _is_stream(data):
+            raise ValueError(
+                "PruneRewindCallback compares prunings on a set with a length and an index, got the stream "
+                f"{type(data).__name__}: pass another as validation_dataset."
+            )
+        if data is None:
             raise ValueError(
                 "PruneRewindCallback compares prunings on an evaluation set, but there is none: pass eval_dataset to "
                 "the Trainer or validation_dataset to the callback, or say what to prune (tokens, segments or "
                 "max_tuned_percentage)."
             )
+
+    def _check_amounts(self, trainer: Trainer, adapter_name: str) -> None:
+        """Finds out before the first part whether the amounts to prune are possible."""
+        if not self.searches:
+            _, layers = visual_prompt_layers(trainer.model, adapter_name)
+            config = layers[0].e2vpt_config[adapter_name]
+            shape = (1 if config.gate_scope == "model" else len(layers), config.num_visual_prompts)
+            scores = ImportanceScores(torch.zeros(shape), torch.zeros(*shape, config.num_segments), 1)
+            self._choose(trainer, scores, adapter_name)
 
     def _validation_data(self, trainer: Trainer) -> Any:
         data = self.validation_dataset if self.validation_dataset is not None else trainer.eval_dataset
@@ -229,15 +272,16 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
         return data
 
     def _start(self, trainer: Trainer, adapter_name: str) -> None:
-        if self._attempt is trainer.model and self._target:  # auto_find_batch_size begins again after running short
-            for layer in prompt_layers(trainer.model):
-                if adapter_name in layer.e2vpt_token_gates:
-                    token, segment = layer.e2vpt_token_gates[adapter_name], layer.e2vpt_segment_gates[adapter_name]
-                    layer.set_gates(adapter_name, torch.ones_like(token), torch.ones_like(segment))
-            rewind(trainer.model, self._target)
+        if trainer.args.auto_find_batch_size and self._attempt is trainer.model:  # again, after running out of memory
+            assert self._initial_gates is not None
+            apply_gates(trainer.model, self._initial_gates, adapter_name)
+            rewind(trainer.model, self._initial)
+            trainer.optimizer.state.clear()
         self._attempt = trainer.model
+        self._initial_gates = current_gates(trainer.model, adapter_name)
         self._pruned, self._second_start, self.report = False, None, None
         self._keep_target(trainer)
+        self._initial = self._target
 
     def _keep_target(self, trainer: Trainer) -> None:
         self._target = trained_tensors(trainer.model)
@@ -269,13 +313,14 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
         training_data = trainer.callback_handler.train_dataloader.dataset
         scores = score_prompts(
             model,
-            self._loader(trainer, training_data, trainer.args.per_device_train_batch_size),
+            self._loader(trainer, training_data, trainer._train_batch_size),
             adapter_name=adapter_name,
             loss_fn=trainer.compute_loss,
             max_batches=self.max_score_batches,
             seed=trainer.args.seed,
         )
         gates, search = self._choose(trainer, scores, adapter_name)
+        gates = gates & current_gates(model, adapter_name)  # what an earlier run has pruned stays pruned
         apply_gates(model, gates, adapter_name)
         self._rewind(trainer, adapter_name)
         assert self._schedule is not None
@@ -354,7 +399,7 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Says so where training ended before the model was pruned."""
-        self._attempt = self._trainer = None
-        self._target = {}
+        self._attempt = self._trainer = self._initial_gates = None
+        self._target, self._initial = {}, {}
         if not self._pruned:
             logger.warning(f"Training ended at step {state.global_step}, before it was to prune at {self._boundary}.")

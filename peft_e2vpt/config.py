@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,11 @@ CHOICES = {
     "segment_layout": ("contiguous", "strided"),
     "pruned_prompts": ("remove", "zero"),
 }
+SWITCHES = ("share_kv_prompts", "share_kv_prompts_across_layers", "init_weights")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass
@@ -140,22 +146,25 @@ class E2VPTConfig(PeftConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        if not 0.0 <= self.visual_prompt_dropout < 1.0:
-            raise ValueError(f"visual_prompt_dropout must be in [0, 1), got {self.visual_prompt_dropout}.")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        dropout: Any = self.visual_prompt_dropout
+        if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+            raise ValueError(f"visual_prompt_dropout must be a number in [0, 1), got {dropout!r}.")
         self._check_names()
         if self.visual_prompt_mode == "shallow":
             self._check_shallow()
 
     def _check_counts(self) -> None:
         for name, least in (("num_visual_prompts", 0), ("num_kv_prompts", 0), ("num_segments", 1)):
-            value: Any = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+            if not _is_whole(getattr(self, name), least):
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {getattr(self, name)!r}.")
         if self.num_visual_prompts == 0 and self.num_kv_prompts == 0:
             raise ValueError(
                 "num_visual_prompts and num_kv_prompts are both 0, so there is nothing to tune; set one of them."
             )
-        if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
+        if self.seed is not None and not _is_whole(self.seed, 0):
             raise ValueError(f"seed must be None or a whole number of at least 0, got {self.seed!r}.")
 
     def _check_names(self) -> None:
@@ -168,20 +177,26 @@ class E2VPTConfig(PeftConfig):
                 raise ValueError(
                     f"modules_to_save must be a list of names, got the string {value!r}: pass [{value!r}]."
                 )
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"{name}={value!r} is not a regular expression: {error}.") from error
+            elif value is not None and not (isinstance(value, list) and all(isinstance(n, str) for n in value)):
+                raise ValueError(f"{name} must be None or a list of names, got {value!r}.")
         if self.target_modules == "all-linear":
             raise ValueError(
                 "target_modules='all-linear' names linear layers, but E2VPT adapts whole self-attentions: leave "
                 "target_modules at None to find them, or name the attention modules."
             )
-        if isinstance(self.layers_to_transform, int):
-            self.layers_to_transform = [self.layers_to_transform]
-        if self.layers_to_transform is not None:
-            self.layers_to_transform = list(self.layers_to_transform)
-            if not self.layers_to_transform or min(self.layers_to_transform) < 0:
+        layers: Any = self.layers_to_transform
+        if layers is not None:
+            layers = [layers] if isinstance(layers, int) else list(layers)
+            if not layers or not all(_is_whole(layer, 0) for layer in layers):
                 raise ValueError(
-                    f"layers_to_transform must hold layer numbers from 0 on, got {self.layers_to_transform}; "
-                    "None adapts all layers."
+                    f"layers_to_transform must hold layer numbers from 0 on, got {layers}; None adapts all layers."
                 )
+            self.layers_to_transform = layers
 
     def _check_shallow(self) -> None:
         if self.num_visual_prompts == 0:
@@ -193,6 +208,6 @@ class E2VPTConfig(PeftConfig):
             )
         if self.layers_to_transform is not None:
             raise ValueError(
-                "layers_to_transform cannot be combined with visual_prompt_mode='shallow', whose prompts enter "
-                "before the first layer and leave after the last: leave it at None."
+                f"layers_to_transform={self.layers_to_transform} is not possible with visual_prompt_mode='shallow', "
+                "whose prompts enter before the first layer and leave after the last: leave it at None."
             )

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel, reduce, send_to_device
+from accelerate.state import GradientState
+from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -23,6 +24,7 @@ from .model import prompt_layers
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], Tensor]
 IGNORED_LABEL = -100
+LOSS_SCALE = 2.0**10  # exact in other types; in float16 it keeps the gradients of a small loss from vanishing
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,37 @@ def visual_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> t
     return adapter_name, prompted
 
 
+def active_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, list[E2VPTLayer]]:
+    """The same as `visual_prompt_layers`, of an adapter that takes part in the forward pass, and alone.
+
+    Raises:
+        ValueError: as there, or the adapter is switched off, or others are active too.
+    """
+    adapter_name, layers = visual_prompt_layers(model, adapter_name)
+    if layers[0].disable_adapters or layers[0].active_adapters != [adapter_name]:
+        raise ValueError(
+            f"The adapter {adapter_name!r} is not the active one: call model.set_adapter({adapter_name!r}) first."
+        )
+    return adapter_name, layers
+
+
 @contextmanager
-def no_trace(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Runs a block in eval mode and leaves modes and random number generators as they were.
+def no_trace(model: nn.Module, dataloader: Iterable[Any], seed: int | None = None) -> Iterator[None]:
+    """Runs a block in eval mode and leaves modes, random number generators and the dataloader as they were.
 
     Args:
         model: the model whose modules return to the mode that each had.
+        dataloader: what the block reads; its own generators and what Accelerate notes of a running epoch are kept.
         seed: makes what the block draws (augmentations of its data, for instance) repeatable.
     """
     modes = {module: module.training for module in model.modules()}
+    holders = (dataloader, getattr(dataloader, "sampler", None))
+    owned = [getattr(holder, name, None) for holder in holders for name in ("generator", "synchronized_generator")]
+    generators = {g: g.get_state() for g in owned if isinstance(g, torch.Generator)}
+    names = ("end_of_dataloader", "remainder", "iteration")
+    notes = {name: getattr(dataloader, name) for name in names if hasattr(dataloader, name)}
+    gradient_state = GradientState()
+    running = gradient_state.dataloader_references
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
@@ -85,6 +109,11 @@ def no_trace(model: nn.Module, seed: int | None = None) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            for generator, state in generators.items():
+                generator.set_state(state)
+            for name, value in notes.items():
+                setattr(dataloader, name, value)
+            gradient_state.dataloader_references = running
             random.setstate(python_state)
             np.random.set_state(numpy_state)
 
@@ -121,6 +150,15 @@ def _total_loss(model: nn.Module, batch: dict[str, Any], loss_fn: LossFunction |
         raise ValueError(f"A loss is a mean (one number) or one number per sample, got shape {tuple(loss.shape)}.")
     total: Tensor = loss.sum() if loss.dim() else loss * num_counted
     return total
+
+
+def _gradients(loss: Tensor, leaves: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Gradients of all gates; zeros for a layer that the loss does not depend on."""
+    gates = [gate for pair in leaves for gate in pair]
+    found = torch.autograd.grad(loss * LOSS_SCALE, gates, allow_unused=True) if loss.requires_grad else [None]
+    if all(gradient is None for gradient in found):
+        raise ValueError("The loss does not depend on the prompts: compute it with the given model, with gradients.")
+    return [torch.zeros_like(gate) if g is None else g / LOSS_SCALE for gate, g in zip(gates, found, strict=True)]
 
 
 def _leaves(
@@ -170,11 +208,7 @@ def score_prompts(
         FloatingPointError: a gradient is not finite.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
-    adapter_name, layers = visual_prompt_layers(model, adapter_name)
-    if layers[0].disable_adapters or adapter_name not in layers[0].active_adapters:
-        raise ValueError(
-            f"The adapter {adapter_name!r} is not active: call model.set_adapter({adapter_name!r}) first."
-        )
+    adapter_name, layers = active_prompt_layers(model, adapter_name)
     config = layers[0].e2vpt_config[adapter_name]
     assert config.token_gate is not None
     device = layers[0].e2vpt_visual_prompts[adapter_name].device
@@ -182,19 +216,21 @@ def score_prompts(
     token = torch.zeros(shape, dtype=torch.float64)
     segment = torch.zeros(*shape, config.num_segments, dtype=torch.float64)
     num_samples = num_batches = 0
-    with no_trace(model, seed), torch.enable_grad():
+    with no_trace(model, dataloader, seed), torch.enable_grad():
         try:
             for batch in batches(dataloader, max_batches, "Scoring prompts"):
                 batch = send_to_device(dict(batch), device)
                 batch_size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
                 counted = _labelled(batch, batch_size)
+                if not counted:
+                    continue
                 leaves = _leaves(layers, adapter_name, config, batch_size)
                 for layer, pair in zip(layers, leaves * (len(layers) // len(leaves)), strict=True):
                     layer.gate_override = GateOverride(*pair, config.token_gate)
                 loss = _total_loss(model, batch, loss_fn, counted)
-                gradients = torch.autograd.grad(loss, [gate for pair in leaves for gate in pair])
+                gradients = _gradients(loss, leaves)
                 if signed:
-                    per_batch = [gradient.sum(0) / max(counted, 1) for gradient in gradients]
+                    per_batch = [gradient.sum(0) / counted for gradient in gradients]
                 else:
                     per_batch = [gradient.abs().sum(0) for gradient in gradients]
                 token += torch.stack(per_batch[0::2]).cpu()
@@ -222,5 +258,6 @@ def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
     """Adds up what all processes hold; every process gets the same bits."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return tensor
-    summed: Tensor = reduce(tensor.to(device), "sum")
+    summed = tensor.to(device)
+    torch.distributed.all_reduce(summed)
     return summed.cpu()

@@ -17,14 +17,16 @@ class ShallowInsertion:
     Both ends are hooks on the blocks, inside what activation checkpointing recomputes. Nothing is kept between them.
 
     Args:
+        adapter_name: name of the adapter whose prompts these are.
         layer: the layer that owns the prompts, that of the first block.
         last_block: the block after which the prompts leave the sequence.
-        prefix_tokens: class and register tokens that stay before the prompts.
     """
 
-    def __init__(self, layer: E2VPTLayer, last_block: nn.Module, prefix_tokens: int) -> None:
+    def __init__(self, adapter_name: str, layer: E2VPTLayer, last_block: nn.Module) -> None:
+        assert layer.site.prefix_tokens is not None
+        self.adapter_name = adapter_name
         self.layer = layer
-        self.prefix_tokens = prefix_tokens
+        self.prefix_tokens = layer.site.prefix_tokens  # class and register tokens, which stay before the prompts
         self.handles = [
             layer.site.block.register_forward_pre_hook(self._insert, with_kwargs=True),
             last_block.register_forward_hook(self._remove),
@@ -35,34 +37,23 @@ class ShallowInsertion:
         for handle in self.handles:
             handle.remove()
 
-    def _prompts(self, num_samples: int) -> list[Tensor]:
-        layer = self.layer
-        if layer.disable_adapters:
-            return []
-        return [
-            layer.visual_prompts(adapter_name, num_samples)[0]
-            for adapter_name in layer.active_adapters
-            if adapter_name in layer.e2vpt_visual_prompts
-            and layer.e2vpt_config[adapter_name].visual_prompt_mode == "shallow"
-        ]
+    def _is_active(self) -> bool:
+        return not self.layer.disable_adapters and self.adapter_name in self.layer.active_adapters
 
     def _insert(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        prompts = [p.to(hidden.dtype).expand(hidden.shape[0], -1, -1) for p in self._prompts(hidden.shape[0])]
-        if not prompts:
+        if not self._is_active():
             return None
-        hidden = torch.cat([hidden[:, : self.prefix_tokens], *prompts, hidden[:, self.prefix_tokens :]], dim=1)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        prompts, _ = self.layer.visual_prompts(self.adapter_name, hidden.shape[0])
+        prompts = prompts.to(hidden.dtype).expand(hidden.shape[0], -1, -1)
+        hidden = torch.cat([hidden[:, : self.prefix_tokens], prompts, hidden[:, self.prefix_tokens :]], dim=1)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _remove(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        layer, count = self.layer, 0
-        if layer.disable_adapters:
+        if not self._is_active():
             return None
-        for adapter_name in layer.active_adapters:
-            config = layer.e2vpt_config.get(adapter_name)
-            if config is not None and config.visual_prompt_mode == "shallow":
-                kept = layer.e2vpt_kept_tokens
-                count += len(kept[adapter_name]) if adapter_name in kept else config.num_visual_prompts
+        name, kept = self.adapter_name, self.layer.e2vpt_kept_tokens
+        count = len(kept[name]) if name in kept else self.layer.e2vpt_config[name].num_visual_prompts
         hidden = output[0] if isinstance(output, tuple) else output
         hidden = torch.cat([hidden[:, : self.prefix_tokens], hidden[:, self.prefix_tokens + count :]], dim=1)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

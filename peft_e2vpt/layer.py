@@ -79,6 +79,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     active_adapters: list[str]
     disable_adapters: bool
     set_adapter: Callable[..., None]
+    delete_adapter: Callable[..., None]
     _move_adapter_to_device_of_base_layer: Callable[..., None]
 
     def __init__(self, site: AttentionSite, index: int) -> None:
@@ -134,19 +135,12 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             config: its configuration.
             has_visual_prompts: whether this layer owns visual prompts (in shallow mode only the first does).
             kv_source: the layer whose key-value prompts this layer uses instead of its own.
-
-        Raises:
-            ValueError: the width of the attention is not divisible by the number of segments, or its heads differ
-                from those of `kv_source`.
         """
-        for name in self.adapter_layer_names + self.other_param_names:
-            if adapter_name in (container := getattr(self, name)):
-                del container[adapter_name]
         self.e2vpt_config[adapter_name] = config
         if has_visual_prompts and config.num_visual_prompts:
             self._create_visual_prompts(adapter_name, config)
         if kv_source is not None:
-            self._share_kv_prompts(adapter_name, kv_source)
+            self.e2vpt_kv_source[adapter_name] = (kv_source,)
         elif config.num_kv_prompts:
             self._create_kv_prompts(adapter_name, config)
         if config.init_weights:
@@ -155,15 +149,10 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _create_visual_prompts(self, adapter_name: str, config: E2VPTConfig) -> None:
-        width, segments = self.site.width, config.num_segments
-        if width % segments:
-            raise ValueError(
-                f"The width {width} of {self.site.name} is not divisible by num_segments={segments}: pass one of "
-                f"num_segments={', '.join(str(r) for r in range(1, 65) if width % r == 0)}."
-            )
-        self.e2vpt_visual_prompts[adapter_name] = nn.Parameter(torch.zeros(config.num_visual_prompts, width))
-        self.e2vpt_token_gates[adapter_name] = torch.ones(config.num_visual_prompts)
-        self.e2vpt_segment_gates[adapter_name] = torch.ones(config.num_visual_prompts, segments)
+        count, segments = config.num_visual_prompts, config.num_segments
+        self.e2vpt_visual_prompts[adapter_name] = nn.Parameter(torch.zeros(count, self.site.width))
+        self.e2vpt_token_gates[adapter_name] = torch.ones(count)
+        self.e2vpt_segment_gates[adapter_name] = torch.ones(count, segments)
 
     def _create_kv_prompts(self, adapter_name: str, config: E2VPTConfig) -> None:
         site, copies = self.site, 1 if config.share_kv_prompts else 2
@@ -187,16 +176,6 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.e2vpt_kv_prompts:
             prompts = self.e2vpt_kv_prompts[adapter_name]
             prompts.copy_(_draw(prompts.shape, config.kv_prompt_init, prompts[0, 0].numel(), fans, generator))
-
-    def _share_kv_prompts(self, adapter_name: str, source: E2VPTLayer) -> None:
-        ours, theirs = self.site, source.site
-        if (ours.num_key_value_heads, ours.head_dim) != (theirs.num_key_value_heads, theirs.head_dim):
-            raise ValueError(
-                f"share_kv_prompts_across_layers needs equal heads in all layers, but {theirs.name} has "
-                f"{theirs.num_key_value_heads} heads of size {theirs.head_dim} and {ours.name} has "
-                f"{ours.num_key_value_heads} of size {ours.head_dim}: leave it False for this backbone."
-            )
-        self.e2vpt_kv_source[adapter_name] = (source,)
 
     # ------------------------------------------------------------------------------------------------------- the rows
     def rows(self, num_sequences: int, dtype: torch.dtype) -> Rows | None:

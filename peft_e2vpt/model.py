@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from .attention import owner_of
-from .backbones import find_attention_sites, find_heads
+from .attention import eager_attention_of, owner_of
+from .backbones import AttentionSite, find_attention_sites, find_heads
 from .config import E2VPTConfig
 from .insertion import ShallowInsertion
 from .layer import E2VPTLayer
@@ -38,6 +39,25 @@ class PromptLayers(nn.ModuleDict):
         super().__init__()
         self.base_requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.insertions: dict[str, ShallowInsertion] = {}
+        towers = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        embeddings = {module for tower in towers if (module := _embeddings_of(tower)) is not None}
+        self._handles = [module.register_forward_hook(self._require_gradient) for module in embeddings]
+
+    def _require_gradient(self, embeddings: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Lets a gradient into the first block: reentrant checkpoints give none to what is inside without it."""
+        if not embeddings.training or not torch.is_grad_enabled():
+            return
+        if any(getattr(layer.site.block, "gradient_checkpointing", False) for layer in prompt_layers(self)):
+            for tensor in output if isinstance(output, tuple) else (output,):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    tensor.requires_grad_()
+
+    def detach(self) -> None:
+        """Leaves the base model: its modules are as they were before."""
+        for part in (*prompt_layers(self), *self.insertions.values()):
+            part.detach()
+        for handle in self._handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -108,6 +128,18 @@ def _matches(name: str, patterns: list[str] | str) -> bool:
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
+def _embeddings_of(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return embeddings if isinstance(embeddings, nn.Module) else None
+
+
+def _lies_in(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
 def _cast_to_weight(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Feeds a float32 head on a half-precision backbone with float32."""
     dtype = next(head.parameters()).dtype
@@ -136,22 +168,38 @@ class E2VPTModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     model: Any  # the adapted model
 
-    # ------------------------------------------------------------------------------------------- finding and creating
-    def _prepare_adapter_config(self, peft_config: E2VPTConfig, model_config: dict[str, Any]) -> E2VPTConfig:
-        if isinstance(self.model, PeftModel):
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, PeftModel):
             raise ValueError(
                 "The model is a PeftModel already. Add an adapter to it with model.add_adapter(name, config), or "
                 "pass the plain model: model.unload()."
             )
+        super().__init__(model, *args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------- finding and creating
+    def _pre_injection_hook(self, model: nn.Module, config: E2VPTConfig, adapter_name: str) -> None:
+        """Takes out an adapter of this name that an earlier PeftModel has left in the model."""
+        self._remove_insertion(adapter_name)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, E2VPTLayer):
+                module.delete_adapter(adapter_name)
+            elif isinstance(module, ModulesToSaveWrapper) and list(module.modules_to_save) == [adapter_name]:
+                model.set_submodule(name, module.original_module)
+
+    def _prepare_adapter_config(self, peft_config: E2VPTConfig, model_config: dict[str, Any]) -> E2VPTConfig:
         # numbers of attentions and paths of modules as they are before anything is changed
         self._sites = {site.name: (index, site) for index, site in enumerate(find_attention_sites(self.model))}
         self._targets = self._find_targets(peft_config)
-        if peft_config.visual_prompt_mode == "shallow":
-            self._check_shallow()
-        sites = [self._sites[name][1] for name in self._targets]
-        if peft_config.modules_to_save is None:
-            peft_config.modules_to_save = find_heads(self.model, sites)
-        self._check_modules_to_save(peft_config.modules_to_save)
+        self._check_sites(peft_config, [self._sites[name][1] for name in self._targets])
+        heads = peft_config.modules_to_save
+        if heads is not None and peft_config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+            # PEFT has added the names of the heads of text models
+            heads = [name for name in heads if name not in ("classifier", "score") or hasattr(self.model, name)] or None
+        if heads is None:
+            heads = find_heads(self.model, [site for _, site in self._sites.values()])
+            heads = [name for name in heads if name != CONTAINER]
+        self._check_modules_to_save(heads)
+        peft_config.modules_to_save = heads
         return peft_config
 
     def _find_targets(self, config: E2VPTConfig) -> list[str]:
@@ -187,8 +235,27 @@ class E2VPTModel(BaseTuner):
             targets = [targets[layer] for layer in sorted(set(config.layers_to_transform))]
         return targets
 
-    def _check_shallow(self) -> None:
-        sites = [self._sites[name][1] for name in self._targets]
+    def _check_sites(self, config: E2VPTConfig, sites: list[AttentionSite]) -> None:
+        first = sites[0]
+        for site in sites:
+            eager_attention_of(site.attention, site.name)
+            width, segments = site.width, config.num_segments
+            if config.num_visual_prompts and width % segments:
+                raise ValueError(
+                    f"The width {width} of {site.name} is not divisible by num_segments={segments}: pass one of "
+                    f"num_segments={', '.join(str(r) for r in range(1, 65) if width % r == 0)}."
+                )
+            heads, heads_of_first = site.num_key_value_heads, first.num_key_value_heads
+            if config.share_kv_prompts_across_layers and (heads, site.head_dim) != (heads_of_first, first.head_dim):
+                raise ValueError(
+                    f"share_kv_prompts_across_layers needs equal heads in all layers, but {first.name} has "
+                    f"{heads_of_first} heads of size {first.head_dim} and {site.name} has {heads} of size "
+                    f"{site.head_dim}: leave it False for this backbone."
+                )
+        if config.visual_prompt_mode == "shallow":
+            self._check_shallow(sites)
+
+    def _check_shallow(self, sites: list[AttentionSite]) -> None:
         model = type(self.model).__name__
         if "Backbone" in model:
             raise ValueError(f"visual_prompt_mode='shallow' is not offered for {model}, which reads inner layers.")
@@ -204,6 +271,12 @@ class E2VPTModel(BaseTuner):
         modules = [name for name, _ in self.model.named_modules()]
         parameters = [name for name, _ in self.model.named_parameters()]
         for name in names:
+            adapted = [t for t in self._targets for module in modules if _lies_in(t, module) and module.endswith(name)]
+            if adapted:
+                raise ValueError(
+                    f"modules_to_save names {name!r}, which holds the adapted self-attention {adapted[0]}: a module "
+                    "is either trained in full or adapted. Leave the attention out with exclude_modules."
+                )
             if any(_matches(module, [name]) for module in modules):
                 continue
             if any(_matches(parameter, [name]) for parameter in parameters):
@@ -217,7 +290,10 @@ class E2VPTModel(BaseTuner):
                 f"{children}."
             )
 
-    def _check_target_module_exists(self, peft_config: E2VPTConfig, key: str) -> bool:
+    def _check_target_module_exists(self, peft_config: E2VPTConfig, key: str) -> Any:
+        excluded = peft_config.exclude_modules
+        if key in self._sites and excluded is not None and _matches(key, excluded):
+            return _ExcludedModule()  # else PEFT would warn that nothing was excluded
         return key in self._targets
 
     def _create_and_replace(
@@ -236,12 +312,9 @@ class E2VPTModel(BaseTuner):
         kv_source = first if peft_config.share_kv_prompts_across_layers and layer is not first else None
         layer.update_layer(adapter_name, peft_config, not shallow or layer is first, kv_source)
         if shallow and layer is first:
-            site, container = layer.site, getattr(self.model, CONTAINER)
-            if adapter_name in container.insertions:
-                container.insertions.pop(adapter_name).detach()
             last_block = self._sites[self._targets[-1]][1].block
-            assert site.prefix_tokens is not None
-            container.insertions[adapter_name] = ShallowInsertion(layer, last_block, site.prefix_tokens)
+            insertions = getattr(self.model, CONTAINER).insertions
+            insertions[adapter_name] = ShallowInsertion(adapter_name, layer, last_block)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
 
@@ -263,16 +336,6 @@ class E2VPTModel(BaseTuner):
                 if autocast_adapter_dtype:
                     head.float() if next(head.parameters()).dtype in (torch.float16, torch.bfloat16) else head
                 head.register_forward_pre_hook(_cast_to_weight)
-
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Enables activation checkpointing of the base model; reentrant checkpoints need inputs with a gradient."""
-        if not getattr(self.model, "_require_grads_hooks", None):
-            self.model.enable_input_require_grads()
-        self.model.activation_checkpointing_enable(*args, **kwargs)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """The earlier name of `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -328,26 +391,26 @@ class E2VPTModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         self._restore_base_model()
-        if hasattr(self.model, "peft_config"):
-            del self.model.peft_config
         model: nn.Module = self.model
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; with the last one, the base model is what it was before."""
-        container = getattr(self.model, CONTAINER, None)
-        if container is not None and adapter_name in container.insertions:
-            container.insertions.pop(adapter_name).detach()
         super().delete_adapter(adapter_name)
+        self._remove_insertion(adapter_name)
         if not self.peft_config:
             self._restore_base_model()
 
+    def _remove_insertion(self, adapter_name: str) -> None:
+        container = getattr(self.model, CONTAINER, None)
+        if container is not None and adapter_name in container.insertions:
+            container.insertions.pop(adapter_name).detach()
+
     def _restore_base_model(self) -> None:
-        container = getattr(self.model, CONTAINER)
-        for layer in container.values():
-            layer.detach()
-        for insertion in container.insertions.values():
-            insertion.detach()
+        container = getattr(self.model, CONTAINER, None)
+        if container is None:  # the last adapter has been deleted before
+            return
+        container.detach()
         if getattr(self.model, "_require_grads_hooks", None):
             self.model.disable_input_require_grads()
         delattr(self.model, CONTAINER)
@@ -356,6 +419,8 @@ class E2VPTModel(BaseTuner):
                 self.model.set_submodule(name, module.original_module)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad = container.base_requires_grad[name]
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
 
     # ------------------------------------------------------------------------------------------------------- on disk
     @classmethod
@@ -397,9 +462,17 @@ class E2VPTModel(BaseTuner):
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        values = model.state_dict()
+        for name, tensor in remapped.items():
+            if f".modules_to_save.{adapter_name}." in name and name in values and tensor.shape != values[name].shape:
+                raise ValueError(
+                    f"The adapter's tensor {name.replace(f'.modules_to_save.{adapter_name}', '')} has shape "
+                    f"{tuple(tensor.shape)}, but the model needs {tuple(values[name].shape)}: load the base model with "
+                    f"the number of classes of the adapter, num_labels={len(tensor)}."
+                )
         live = {
             name: tensor
-            for name, tensor in model.state_dict().items()
+            for name, tensor in values.items()
             if ".e2vpt_" in name and name.endswith(f".{adapter_name}")
         }
         given = {name: tensor for name, tensor in remapped.items() if ".e2vpt_" in name}

@@ -31,6 +31,11 @@ class Gates:
     token: Tensor
     segment: Tensor
 
+    def __and__(self, other: Gates) -> Gates:
+        """Keeps what both keep."""
+        token = self.token * other.token.to(self.token)
+        return Gates(token, self.segment * other.segment.to(self.segment) * (token != 0)[..., None])
+
     def num_values(self, widths: Sequence[int]) -> int:
         """Prompt values that stay, given the width D of every prompted layer."""
         alive = self.segment.sum(dim=(1, 2))
@@ -121,6 +126,15 @@ def prune_to_budget(
         f"{min_segments} segments a prompt, {gates.num_values(widths):,} values stay. Raise the budget or lower the "
         "bounds."
     )
+
+
+def current_gates(model: nn.Module, adapter_name: str | None = None) -> Gates:
+    """Copies the gates that a model has, by default those of its active adapter."""
+    adapter_name, layers = visual_prompt_layers(model, adapter_name)
+    if layers[0].e2vpt_config[adapter_name].gate_scope == "model":
+        layers = layers[:1]
+    token = torch.stack([layer.e2vpt_token_gates[adapter_name] for layer in layers])
+    return Gates(token, torch.stack([layer.e2vpt_segment_gates[adapter_name] for layer in layers]))
 
 
 def apply_gates(model: nn.Module, gates: Gates, adapter_name: str | None = None) -> None:

@@ -44,6 +44,10 @@ class TwoPartSchedule:
         self.scheduler = scheduler
         self.second_start = second_start
         if isinstance(scheduler, ReduceLROnPlateau):
+            for group in scheduler.optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])  # as other schedulers do; a checkpoint keeps it
+            if scheduler.last_epoch == 0:
+                self._first_rates()
             return
         if not isinstance(scheduler, LambdaLR):
             raise ValueError(
@@ -85,11 +89,16 @@ class TwoPartSchedule:
         """Begins the second part: the next optimizer step has the schedule's first learning rate."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler._reset()
-            for group in self.scheduler.optimizer.param_groups:
-                group["lr"] = group["initial_lr"]
+            self._first_rates()
             return
         self.second_start = self.scheduler.last_epoch
         self._apply()
+
+    def _first_rates(self) -> None:
+        groups = self.scheduler.optimizer.param_groups
+        for group in groups:
+            group["lr"] = group["initial_lr"]
+        self.scheduler._last_lr = [group["lr"] for group in groups]
 
     def _apply(self) -> None:
         scheduler = self.scheduler

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 
-from .importance import ImportanceScores, batches, no_trace, sum_over_processes, visual_prompt_layers
+from .importance import ImportanceScores, active_prompt_layers, batches, no_trace, sum_over_processes
 from .layer import GateOverride
 from .pruning import MIN_SEGMENTS, MIN_TOKENS, Gates, prune
 
@@ -128,7 +128,7 @@ def search_pruning(
         ValueError: the scores do not fit the model, or the dataloader is empty.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
-    adapter_name, layers = visual_prompt_layers(model, adapter_name)
+    adapter_name, layers = active_prompt_layers(model, adapter_name)
     if len(scores.token) not in (1, len(layers)):
         raise ValueError(f"The model has {len(layers)} prompted layers, but the scores are for {len(scores.token)}.")
     on = "attention" if layers[0].e2vpt_config[adapter_name].pruned_prompts == "remove" else "embedding"
@@ -139,7 +139,7 @@ def search_pruning(
     token = torch.stack([g.token for g in gates]).float().to(device)  # (candidates, L, M)
     segment = torch.stack([g.segment for g in gates]).float().to(device)
     totals = torch.zeros(len(candidates) + 1, dtype=torch.float64)  # the last one counts samples
-    with no_trace(model, seed):
+    with no_trace(model, dataloader, seed):
         try:
             for batch in batches(dataloader, None, "Comparing prunings"):
                 batch = send_to_device(dict(batch), device)
@@ -158,7 +158,13 @@ def search_pruning(
                             segment[start:stop, row].repeat_interleave(size, dim=0),
                             on,
                         )
-                    totals[start:stop] += quality(model(**copies), copies).view(stop - start, size).sum(1).cpu()
+                    measured = quality(model(**copies), copies)
+                    if measured.numel() != (stop - start) * size:
+                        raise ValueError(
+                            f"quality returns one number per sample, ({(stop - start) * size},), got shape "
+                            f"{tuple(measured.shape)}."
+                        )
+                    totals[start:stop] += measured.view(stop - start, size).sum(1).cpu()
                 totals[-1] += size
         finally:
             for layer in layers:
@@ -166,6 +172,6 @@ def search_pruning(
     totals = sum_over_processes(totals, device)
     if not totals[-1]:
         raise ValueError("The dataloader gave no validation sample to compare prunings with.")
-    measured = [replace(c, quality=float(q)) for c, q in zip(candidates, totals[:-1] / totals[-1], strict=True)]
-    chosen = max(range(len(measured)), key=lambda i: (measured[i].quality, -measured[i].num_values))
-    return PruningSearch(measured, chosen, gates[chosen])
+    candidates = [replace(c, quality=float(q)) for c, q in zip(candidates, totals[:-1] / totals[-1], strict=True)]
+    chosen = max(range(len(candidates)), key=lambda i: (candidates[i].quality, -candidates[i].num_values))
+    return PruningSearch(candidates, chosen, gates[chosen])

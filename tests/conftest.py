@@ -1,0 +1,16 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""Settings of the whole test run: no network, one thread, one seed per test."""
+
+import os
+
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
