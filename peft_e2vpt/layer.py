@@ -102,6 +102,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if site.backbone.windows:
             self._handles.append(site.block.register_forward_pre_hook(self._count_samples))
         attach(site.attention, self)
+        self.train(site.attention.training)
 
     def detach(self) -> None:
         """Leaves the base model: the attention and its block are as they were before this layer was made."""
@@ -111,7 +112,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def _count_samples(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         """Notes how many samples a windowed block sees, before they are cut into windows, for per-sample dropout."""
-        if block.training:
+        if self.training:
             self.num_samples = args[0].shape[0]
 
     # ------------------------------------------------------------------------------------------------ PEFT's contract
@@ -296,7 +297,9 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def clear_pruned_values(self, adapter_name: str) -> None:
-        """Sets pruned values to zero, which momentum and weight decay then leave at zero: their gradient is zero."""
+        """Sets pruned values to zero. Their gradient is zero, so an optimizer without momentum from before leaves them
+        there; one with it moves them, to no effect, because the gates keep them out.
+        """
         self.e2vpt_visual_prompts[adapter_name].mul_(self.alive(adapter_name))
 
     def refresh_kept_tokens(self) -> None:

@@ -54,8 +54,10 @@ class PromptLayers(nn.ModuleDict):
 
     def detach(self) -> None:
         """Leaves the base model: its modules are as they were before."""
-        for part in (*prompt_layers(self), *self.insertions.values()):
-            part.detach()
+        for layer in prompt_layers(self):
+            layer.detach()
+        for insertion in self.insertions.values():
+            insertion.detach()
         for handle in self._handles:
             handle.remove()
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .model import prompt_layers
 
@@ -45,15 +46,18 @@ def redraw(model: nn.Module, adapter_name: str, seed: int) -> None:
         torch.manual_seed(seed)
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-                _reset_parameters(module.modules_to_save[adapter_name])
+                _reset_parameters(module.modules_to_save[adapter_name], model)
     _clear_pruned_values(model)
 
 
-def _reset_parameters(head: nn.Module) -> None:
+def _reset_parameters(head: nn.Module, model: nn.Module) -> None:
+    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     for module in head.modules():
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
+            if base is not None:
+                base._init_weights(module)
         elif any(True for _ in module.parameters(recurse=False)):
             raise ValueError(f"{type(module).__name__} in the head cannot be drawn anew: rewind to 'init' instead.")
 

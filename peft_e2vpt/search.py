@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,6 +89,17 @@ def _distinct_candidates(
     return candidates, gates
 
 
+def _runs(token: Tensor, longest: int, alike: bool) -> Iterator[tuple[int, int]]:
+    """Cuts candidates, given their token gates, into runs that share a batch; `alike` ones prune the same prompts."""
+    start = 0
+    while start < len(token):
+        stop = start + 1
+        while stop < min(start + longest, len(token)) and not (alike and not torch.equal(token[start], token[stop])):
+            stop += 1
+        yield start, stop
+        start = stop
+
+
 @torch.no_grad()
 def search_pruning(
     model: nn.Module,
@@ -131,7 +142,9 @@ def search_pruning(
     adapter_name, layers = active_prompt_layers(model, adapter_name)
     if len(scores.token) not in (1, len(layers)):
         raise ValueError(f"The model has {len(layers)} prompted layers, but the scores are for {len(scores.token)}.")
-    on = "attention" if layers[0].e2vpt_config[adapter_name].pruned_prompts == "remove" else "embedding"
+    config = layers[0].e2vpt_config[adapter_name]
+    removes, shallow = config.pruned_prompts == "remove", config.visual_prompt_mode == "shallow"
+    on = "attention" if removes and not shallow else "embedding"
     device = layers[0].e2vpt_visual_prompts[adapter_name].device
     widths = [layer.site.width for layer in layers]
     bounds = {"min_tokens": min_tokens, "min_segments": min_segments}
@@ -145,12 +158,13 @@ def search_pruning(
                 batch = send_to_device(dict(batch), device)
                 size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
                 group = max(max_rows // size, 1)
-                for start in range(0, len(candidates), group):
-                    stop = min(start + group, len(candidates))
+                for start, stop in _runs(token, group, alike=removes and shallow):
                     copies = {
                         name: torch.cat([value] * (stop - start)) if isinstance(value, Tensor) else value
                         for name, value in batch.items()
                     }
+                    if removes and shallow:  # tokens of the sequence leave it for all samples or for none
+                        layers[0].e2vpt_kept_tokens[adapter_name] = token[start, 0].nonzero().flatten()
                     for i, layer in enumerate(layers):
                         row = i if len(scores.token) > 1 else 0
                         layer.gate_override = GateOverride(
@@ -169,6 +183,7 @@ def search_pruning(
         finally:
             for layer in layers:
                 layer.gate_override = None
+                layer.refresh_kept_tokens()
     totals = sum_over_processes(totals, device)
     if not totals[-1]:
         raise ValueError("The dataloader gave no validation sample to compare prunings with.")

@@ -150,7 +150,7 @@ def test_signed_scores_equal_those_of_the_released_code(count: int, variant: str
     torch.testing.assert_close(scores.segment, piece[None], rtol=0, atol=1e-12)
 
 
-# --------------------------------------------------------------------------------------------------------- exact scores
+# -------------------------------------------------------------------------------------------------------- exact scores
 @pytest.mark.parametrize("gate", ["attention", "embedding"])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_scores_are_the_mean_over_images_of_the_absolute_gradient_of_each(name: str, gate: str) -> None:
@@ -210,7 +210,7 @@ def test_signed_scores_are_means_of_batch_gradients_and_may_be_negative() -> Non
     assert (score_prompts(model, [batch]).token >= mean_of_batches.abs() - 1e-6).any()
 
 
-# ------------------------------------------------------------------------------------------------------ kinds of losses
+# ----------------------------------------------------------------------------------------------------- kinds of losses
 def per_sample_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(pixel_values=batch["pixel_values"]).logits, batch["labels"], reduction="none")
 
@@ -261,7 +261,7 @@ def test_labels_may_be_many_or_soft(kind: str) -> None:
     assert_equal_scores(score_prompts(model, split(batch, 3, 2)), token, segment)  # transformers' own loss for these
 
 
-# --------------------------------------------------------------------------------------------- the gate on the attention
+# ------------------------------------------------------------------------------------------- the gate on the attention
 def loss_with_weight(model: PeftModel, batch: Batch, row: int, prompt: int, weight: float) -> float:
     """The loss when the attention weight of one prompt, before it is normalised, is multiplied by `weight`."""
     layers = prompt_layers(model)
@@ -314,7 +314,7 @@ def test_the_gate_on_the_embedding_hardly_matters_behind_a_norm() -> None:
     assert scores["embedding"].max() < 1e-6 * scores["attention"].min()
 
 
-# ------------------------------------------------------------------------------------------- batches, padding, autocast
+# ------------------------------------------------------------------------------------------ batches, padding, autocast
 @pytest.mark.parametrize("name", BACKBONES)
 def test_scores_do_not_depend_on_the_batch_size(name: str) -> None:
     model, _ = adapt(name, dtype=torch.float64)
@@ -395,7 +395,7 @@ def test_scores_are_the_same_with_gradient_checkpointing() -> None:
     model, _ = adapt("vit", dtype=torch.float64)
     expected = score_prompts(model, [images()])
     for reentrant in (False, True):
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
         found = score_prompts(model.train(), [images()])
         assert torch.equal(found.token, expected.token)
 
@@ -420,7 +420,7 @@ def test_scores_of_pruned_prompts_are_zero_and_those_of_the_others_stay_exact() 
             assert scores.token[row, prompt] == pytest.approx(sum(slopes) / IMAGES / 2e-5, rel=1e-5, abs=1e-10)
 
 
-# -------------------------------------------------------------------------------------------------------------- no trace
+# ------------------------------------------------------------------------------------------------------------ no trace
 class Augmented(Dataset):
     """Pictures to which every generator adds its noise."""
 
@@ -537,7 +537,7 @@ def test_a_running_epoch_and_the_next_keep_their_order_and_noise(make: Any, max_
     assert len(undisturbed) == 16 and undisturbed[:8] != undisturbed[8:]
 
 
-# ---------------------------------------------------------------------------------------------------------- wrapped models
+# ------------------------------------------------------------------------------------------------------ wrapped models
 def test_a_compiled_model_is_scored() -> None:
     model, _ = adapt("vit", dtype=torch.float64)
     expected = score_prompts(model, [images()])
@@ -564,7 +564,7 @@ def test_several_active_adapters_are_not_scored_together() -> None:
         score_prompts(model, [images(dtype=torch.float32)])
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# -------------------------------------------------------------------------------------------------------------- errors
 def test_what_cannot_be_scored_is_said_clearly() -> None:
     batch = images(dtype=torch.float32)
     model, _ = adapt("vit")

@@ -345,12 +345,17 @@ def test_prompt_dropout_differs_between_the_samples_of_a_batch(mode: str) -> Non
     assert (first - second).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("base_trains", [True, False])
-def test_all_windows_of_a_picture_get_the_same_dropped_prompts(base_trains: bool) -> None:
+def test_prompts_of_a_base_in_eval_mode_are_not_dropped_until_it_trains() -> None:
+    base, inputs = build("vit", dtype=torch.float64)
+    model = get_peft_model(base, config(visual_prompt_dropout=0.5))
+    torch.testing.assert_close(output_of(model(**inputs)), output_of(model(**inputs)), rtol=0, atol=0)
+    model.train()
+    assert (output_of(model(**inputs)) - output_of(model(**inputs))).abs().max() > 1e-3
+
+
+def test_all_windows_of_a_picture_get_the_same_dropped_prompts() -> None:
     base, _ = build("swin", dtype=torch.float64)
-    model = get_peft_model(base, config(visual_prompt_dropout=0.5))  # PEFT leaves a base in eval mode as it is
-    if base_trains:
-        model.train()
+    model = get_peft_model(base, config(visual_prompt_dropout=0.5)).train()
     seen: list[Tensor] = []
     blocks_of(model)[0].register_forward_hook(lambda block, args, output: seen.append(output[0]))
     model(pixel_values=torch.ones(2, 3, 32, 32, dtype=torch.float64))  # in the first block, all windows are equal

@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """Gathers the pruning numbers that the tests compare with: `python pruning_collect.py SOURCE`.
 
-SOURCE is the folder of all golden data, described by its README; the backbone is that of `vit.safetensors`. Beside this
-file are written:
+SOURCE is the folder of all golden data, described by its README; the backbone is that of `vit.safetensors`. Written
+beside this file are:
 
 * `pruning.safetensors`: `pixel_values` and `labels` of ten images and, for every set `M{M}_{variant}`, what the
   released code starts from, `{set}/in.{name}`, and its scores, `{set}/token_scores` and `{set}/piece_scores`, both
@@ -27,9 +27,10 @@ VARIANTS = ("deep_init", "deep_big", "deep_realmask", "shallow_big", "shallow_in
 
 
 def steps_of(schedule: dict[str, Any]) -> dict[str, Any]:
+    by_prompt = [step["pieces"] for step in schedule["piece_steps"]]
     return {
         "tokens": [step["tokens"] for step in schedule["token_steps"]],
-        "pieces": [[step["pieces"][key] for key in sorted(step["pieces"], key=int)] for step in schedule["piece_steps"]],
+        "pieces": [[pieces[key] for key in sorted(pieces, key=int)] for pieces in by_prompt],
     }
 
 
