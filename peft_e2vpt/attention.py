@@ -117,6 +117,11 @@ def _per_sequence(rows: Tensor, num_sequences: int) -> Tensor:
     """Repeats rows (B, ...) for sequences in the order (sample, window): (num_sequences, ...)."""
     if rows.shape[0] == 1:
         return rows.expand(num_sequences, *rows.shape[1:])
+    if num_sequences % rows.shape[0]:
+        raise ValueError(
+            f"Prompts differ between the {rows.shape[0]} samples of the batch, but the attention sees {num_sequences} "
+            "sequences, which is no multiple: samples that share one packed sequence need equal prompts."
+        )
     return rows.repeat_interleave(num_sequences // rows.shape[0], dim=0)
 
 

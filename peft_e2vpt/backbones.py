@@ -24,13 +24,14 @@ class Backbone:
     """One class of self-attention and the block around it.
 
     Attributes:
-        norm: name of the norm before the attention, an attribute of the block.
+        norm: name of the norm before the attention, an attribute of the block: of the nearest ancestor that has it.
         key: name of the key projection, an attribute of the attention.
         value: name of the value projection, an attribute of the attention.
         prefix_tokens: class and register tokens at the front of the sequence, or a function of the model's config that
             counts them; `None` where tokens cannot be inserted into the sequence (windows, relative position bias,
             padding masks).
         windows: whether the attention sees every image as several windows, in the order (image, window).
+        head_dim: name of the attribute of the attention that holds the size of a head.
     """
 
     norm: str
@@ -38,6 +39,7 @@ class Backbone:
     value: str = "v_proj"
     prefix_tokens: PrefixTokens = None
     windows: bool = False
+    head_dim: str = "head_dim"
 
 
 def _class_and_registers(config: Any) -> int:
@@ -63,6 +65,39 @@ BACKBONES: dict[str, Backbone] = {
     "SiglipAttention": Backbone("layer_norm1", prefix_tokens=0),
     "Siglip2Attention": Backbone("layer_norm1"),
     "SwinAttention": Backbone("layernorm_before", windows=True),
+    # further encoders of images
+    "ViTMAEAttention": Backbone("layernorm_before"),
+    "PixioAttention": Backbone("layernorm_before"),
+    "RadioAttention": Backbone("norm1"),
+    "Tipsv2VisionAttention": Backbone("norm1"),
+    "Aimv2Attention": Backbone("rms_norm1"),
+    "MLCDAttention": Backbone("layer_norm1"),
+    "MetaClip2Attention": Backbone("layer_norm1"),
+    "AltCLIPAttention": Backbone("layer_norm1"),
+    "ChineseCLIPVisionAttention": Backbone("layer_norm1"),
+    "CLIPSegAttention": Backbone("layer_norm1"),
+    "GitVisionAttention": Backbone("layer_norm1"),
+    "Kosmos2VisionAttention": Backbone("layer_norm1"),
+    "Idefics2VisionAttention": Backbone("layer_norm1"),
+    "Idefics3VisionAttention": Backbone("layer_norm1"),
+    "SmolVLMVisionAttention": Backbone("layer_norm1"),
+    "JanusVisionAttention": Backbone("layer_norm1"),
+    "Ovis2VisionAttention": Backbone("rms_norm1"),
+    # detection, segmentation, pose
+    "YolosSelfAttention": Backbone("layernorm_before", "key", "value", head_dim="attention_head_size"),
+    "DPTSelfAttention": Backbone("layernorm_before", "key", "value", head_dim="attention_head_size"),
+    "VitPoseBackboneSelfAttention": Backbone("layernorm_before", "key", "value", head_dim="attention_head_size"),
+    "EomtAttention": Backbone("norm1"),
+    "EomtDinov3Attention": Backbone("norm1"),
+    "OwlViTAttention": Backbone("layer_norm1"),
+    "Owlv2Attention": Backbone("layer_norm1"),
+    "SegformerAttention": Backbone("layernorm_before"),  # rows join after the reduction of keys and values
+    # video and audio
+    "VideoMAESelfAttention": Backbone("layernorm_before", "key", "value", head_dim="attention_head_size"),
+    "VivitAttention": Backbone("layernorm_before"),
+    "VideoPrismAttention": Backbone("layernorm_before"),
+    "VideomtAttention": Backbone("norm1"),
+    "ASTAttention": Backbone("layernorm_before"),
 }
 
 
@@ -90,7 +125,7 @@ class AttentionSite:
     @property
     def head_dim(self) -> int:
         """d, the size of one head."""
-        return int(self.attention.head_dim)
+        return int(getattr(self.attention, self.backbone.head_dim))
 
     @property
     def num_key_value_heads(self) -> int:
@@ -134,6 +169,13 @@ class AttentionSite:
         return key, value
 
 
+def _block_of(modules: dict[str, nn.Module], name: str, norm: str) -> nn.Module:
+    """The nearest ancestor of the module `name` that has the norm."""
+    while name and not hasattr(modules[name], norm):
+        name = name.rpartition(".")[0]
+    return modules[name]
+
+
 def _describe(module: nn.Module) -> Backbone | None:
     for cls in type(module).__mro__:
         if cls.__name__ in BACKBONES:
@@ -152,7 +194,7 @@ def find_attention_sites(model: nn.Module) -> list[AttentionSite]:
     for name, module in modules.items():
         backbone = _describe(module)
         if backbone is not None:
-            sites.append(AttentionSite(name, module, modules[name.rpartition(".")[0]], backbone))
+            sites.append(AttentionSite(name, module, _block_of(modules, name, backbone.norm), backbone))
     if not sites:
         classes = sorted({type(module).__name__ for module in modules.values()})
         present = [cls for cls in classes if "Attention" in cls]
