@@ -21,8 +21,8 @@ Every photograph carries the probability, judged by an expert, that the cell is 
   guessing is right half of the time, the cell type tells nothing, and accuracy is a fair measure.
 
 That makes 1,642 photographs, split 50 / 10 / 40 % with equal shares of label and cell type in each part. Cells of one
-solar module may fall into different parts (the package does not tell modules apart): the task is easier than judging an
-unseen module, equally so for every method.
+solar module may fall into different parts (the package does not tell modules apart): the task is easier than to judge
+an unseen module, equally so for every method.
 
 The photographs are licensed CC-BY-NC-SA-4.0 (non-commercial use). They are read from the installed package and never
 copied. Cite Deitsch et al., Solar Energy 185 (2019), doi:10.1016/j.solener.2019.02.067.
@@ -84,7 +84,7 @@ def find_data_folder() -> Path:
 
 
 def read_cells(folder: Path) -> list[dict]:
-    """Reads `labels.csv`: one cell a row with the columns `image` (path), `label` and `cell_type`, without doubtful cells."""
+    """Reads `labels.csv` without the doubtful cells: one `dict` a cell with `image`, `label` and `cell_type`."""
     cells = []
     for line in (folder / "labels.csv").read_text().splitlines():
         file_name, probability, cell_type = line.split()

@@ -85,7 +85,8 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
 
     Attributes:
         report: the `PruningReport` once the model is pruned, before that `None`. It is saved as `pruning_report.json`
-            in the output folder and in every later checkpoint.
+            in the output folder and in every later checkpoint, where it also is for a run that is resumed with
+            `restore_callback_states_from_checkpoint`, in which the Trainer works with a copy of the callback.
 
     Raises:
         ValueError: at construction or when training begins; an argument is impossible, the run is too short for two

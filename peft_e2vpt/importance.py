@@ -79,6 +79,16 @@ def active_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> t
     return adapter_name, layers
 
 
+def reshard(model: nn.Module) -> None:
+    """Puts sharded parameters back in place where FSDP2 has left gathered copies after a forward pass.
+
+    A change in place would be lost with the copies.
+    """
+    for module in model.modules():
+        if hasattr(type(module), "reshard"):
+            module.reshard()  # type: ignore[operator]
+
+
 @contextmanager
 def no_trace(model: nn.Module, dataloader: Iterable[Any], seed: int | None = None) -> Iterator[None]:
     """Runs a block in eval mode and leaves modes, random number generators and the dataloader as they were.
@@ -114,6 +124,7 @@ def no_trace(model: nn.Module, dataloader: Iterable[Any], seed: int | None = Non
             for name, value in notes.items():
                 setattr(dataloader, name, value)
             gradient_state.dataloader_references = running
+            reshard(model)
             random.setstate(python_state)
             np.random.set_state(numpy_state)
 

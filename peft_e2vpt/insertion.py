@@ -3,12 +3,33 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .layer import E2VPTLayer
+
+
+def _widen_block_mask(mask: Any, place: int, count: int) -> Any:
+    """Rebuilds a flex attention `BlockMask` for `count` more tokens from index `place` on, seen by every token."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    num_queries, num_keys = mask.seq_lengths
+    mask_mod = mask.mask_mod
+
+    def token(index: Tensor) -> Tensor:
+        return torch.where(index < place, index, (index - count).clamp(min=0))
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        is_prompt = (key >= place) & (key < place + count)
+        seen: Tensor = is_prompt | mask_mod(batch, head, token(query), token(key))
+        return seen
+
+    batch, heads = mask.shape[:2]
+    device = mask.kv_num_blocks.device
+    return create_block_mask(sees, batch, heads, num_queries + count, num_keys + count, device=device)
 
 
 class ShallowInsertion:
@@ -19,17 +40,19 @@ class ShallowInsertion:
     Args:
         adapter_name: name of the adapter whose prompts these are.
         layer: the layer that owns the prompts, that of the first block.
-        last_block: the block after which the prompts leave the sequence.
+        blocks: all blocks that the prompts pass, the first and the last included.
     """
 
-    def __init__(self, adapter_name: str, layer: E2VPTLayer, last_block: nn.Module) -> None:
+    def __init__(self, adapter_name: str, layer: E2VPTLayer, blocks: list[nn.Module]) -> None:
         assert layer.site.prefix_tokens is not None
         self.adapter_name = adapter_name
         self.layer = layer
         self.prefix_tokens = layer.site.prefix_tokens  # class and register tokens, which stay before the prompts
+        self.mask_place = list(inspect.signature(blocks[0].forward).parameters).index("attention_mask")
         self.handles = [
-            layer.site.block.register_forward_pre_hook(self._insert, with_kwargs=True),
-            last_block.register_forward_hook(self._remove),
+            blocks[0].register_forward_pre_hook(self._insert, with_kwargs=True),
+            blocks[-1].register_forward_hook(self._remove),
+            *[block.register_forward_pre_hook(self._widen_mask, with_kwargs=True) for block in blocks],
         ]
 
     def detach(self) -> None:
@@ -46,14 +69,39 @@ class ShallowInsertion:
         hidden = args[0] if args else kwargs["hidden_states"]
         prompts, _ = self.layer.visual_prompts(self.adapter_name, hidden.shape[0])
         prompts = prompts.to(hidden.dtype).expand(hidden.shape[0], -1, -1)
-        hidden = torch.cat([hidden[:, : self.prefix_tokens], prompts, hidden[:, self.prefix_tokens :]], dim=1)
+        hidden = self._put_in(hidden, prompts, dim=1)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _count(self) -> int:
+        name, kept = self.adapter_name, self.layer.e2vpt_kept_tokens
+        return len(kept[name]) if name in kept else self.layer.e2vpt_config[name].num_visual_prompts
+
+    def _widen_mask(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Adds the prompts to an attention mask that was made for the tokens alone: every token sees them."""
+        place = self.mask_place
+        mask = args[place] if len(args) > place else kwargs.get("attention_mask")
+        if mask is None or not self._is_active():
+            return None
+        if isinstance(mask, Tensor):
+            seen = mask.new_full((), 1 if mask.dim() == 2 or mask.dtype == torch.bool else 0)
+            mask = self._put_in(mask, seen.expand(*mask.shape[:-1], self._count()), dim=-1)
+            if mask.dim() == 4 and mask.shape[-2] > 1:  # prompts see what the first token sees
+                mask = self._put_in(mask, mask[:, :, :1].expand(-1, -1, self._count(), -1), dim=-2)
+        else:
+            mask = _widen_block_mask(mask, self.prefix_tokens, self._count())
+        if len(args) > place:
+            return (*args[:place], mask, *args[place + 1 :]), kwargs
+        return args, {**kwargs, "attention_mask": mask}
+
+    def _put_in(self, tokens: Tensor, prompts: Tensor, dim: int) -> Tensor:
+        num_behind = tokens.shape[dim] - self.prefix_tokens
+        before, behind = tokens.split([self.prefix_tokens, num_behind], dim=dim)
+        return torch.cat([before, prompts, behind], dim=dim)
 
     def _remove(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self._is_active():
             return None
-        name, kept = self.adapter_name, self.layer.e2vpt_kept_tokens
-        count = len(kept[name]) if name in kept else self.layer.e2vpt_config[name].num_visual_prompts
         hidden = output[0] if isinstance(output, tuple) else output
-        hidden = torch.cat([hidden[:, : self.prefix_tokens], hidden[:, self.prefix_tokens + count :]], dim=1)
+        behind = self.prefix_tokens + self._count()
+        hidden = torch.cat([hidden[:, : self.prefix_tokens], hidden[:, behind:]], dim=1)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -300,7 +300,12 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         """Sets pruned values to zero. Their gradient is zero, so an optimizer without momentum from before leaves them
         there; one with it moves them, to no effect, because the gates keep them out.
         """
-        self.e2vpt_visual_prompts[adapter_name].mul_(self.alive(adapter_name))
+        prompts, alive = self.e2vpt_visual_prompts[adapter_name], self.alive(adapter_name)
+        if hasattr(prompts, "device_mesh"):  # sharded by FSDP2; every process has the same gates
+            from torch.distributed.tensor import distribute_tensor
+
+            alive = distribute_tensor(alive, prompts.device_mesh, prompts.placements, src_data_rank=None)
+        prompts.mul_(alive)
 
     def refresh_kept_tokens(self) -> None:
         """Notes which prompts the gates keep; called whenever gates change."""

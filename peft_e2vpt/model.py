@@ -47,7 +47,8 @@ class PromptLayers(nn.ModuleDict):
         """Lets a gradient into the first block: reentrant checkpoints give none to what is inside without it."""
         if not embeddings.training or not torch.is_grad_enabled():
             return
-        if any(getattr(layer.site.block, "gradient_checkpointing", False) for layer in prompt_layers(self)):
+        layers = [layer for layer in prompt_layers(self) if not layer.disable_adapters]
+        if any(getattr(layer.site.block, "gradient_checkpointing", False) for layer in layers):
             for tensor in output if isinstance(output, tuple) else (output,):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     tensor.requires_grad_()
@@ -195,8 +196,9 @@ class E2VPTModel(BaseTuner):
         self._check_sites(peft_config, [self._sites[name][1] for name in self._targets])
         heads = peft_config.modules_to_save
         if heads is not None and peft_config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-            # PEFT has added the names of the heads of text models
-            heads = [name for name in heads if name not in ("classifier", "score") or hasattr(self.model, name)] or None
+            # PEFT has added the names that heads of text models have
+            text_heads = {name for name in ("classifier", "score") if not hasattr(self.model, name)}
+            heads = [name for name in heads if name not in text_heads] or None
         if heads is None:
             heads = find_heads(self.model, [site for _, site in self._sites.values()])
             heads = [name for name in heads if name != CONTAINER]
@@ -314,9 +316,10 @@ class E2VPTModel(BaseTuner):
         kv_source = first if peft_config.share_kv_prompts_across_layers and layer is not first else None
         layer.update_layer(adapter_name, peft_config, not shallow or layer is first, kv_source)
         if shallow and layer is first:
-            last_block = self._sites[self._targets[-1]][1].block
+            last = self._sites[self._targets[-1]][0]
+            blocks = [site.block for index, site in self._sites.values() if layer.index <= index <= last]
             insertions = getattr(self.model, CONTAINER).insertions
-            insertions[adapter_name] = ShallowInsertion(adapter_name, layer, last_block)
+            insertions[adapter_name] = ShallowInsertion(adapter_name, layer, blocks)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
 
@@ -335,9 +338,11 @@ class E2VPTModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 head = module.modules_to_save[adapter_name]
-                if autocast_adapter_dtype:
-                    head.float() if next(head.parameters()).dtype in (torch.float16, torch.bfloat16) else head
-                head.register_forward_pre_hook(_cast_to_weight)
+                dtypes = {parameter.dtype for parameter in head.parameters()}
+                if autocast_adapter_dtype and dtypes & {torch.float16, torch.bfloat16}:
+                    head.float()
+                if dtypes and _cast_to_weight not in head._forward_pre_hooks.values():
+                    head.register_forward_pre_hook(_cast_to_weight)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -469,13 +474,11 @@ class E2VPTModel(BaseTuner):
             if f".modules_to_save.{adapter_name}." in name and name in values and tensor.shape != values[name].shape:
                 raise ValueError(
                     f"The adapter's tensor {name.replace(f'.modules_to_save.{adapter_name}', '')} has shape "
-                    f"{tuple(tensor.shape)}, but the model needs {tuple(values[name].shape)}: load the base model with "
-                    f"the number of classes of the adapter, num_labels={len(tensor)}."
+                    f"{tuple(tensor.shape)}, but the model needs {tuple(values[name].shape)}: load the base model "
+                    f"with the number of classes of the adapter, num_labels={len(tensor)}."
                 )
         live = {
-            name: tensor
-            for name, tensor in values.items()
-            if ".e2vpt_" in name and name.endswith(f".{adapter_name}")
+            name: tensor for name, tensor in values.items() if ".e2vpt_" in name and name.endswith(f".{adapter_name}")
         }
         given = {name: tensor for name, tensor in remapped.items() if ".e2vpt_" in name}
         missing, unknown = sorted(live.keys() - given.keys()), sorted(given.keys() - live.keys())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .importance import ImportanceScores, visual_prompt_layers
+from .importance import ImportanceScores, reshard, visual_prompt_layers
 
 
 MIN_TOKENS = 1
@@ -148,6 +148,7 @@ def apply_gates(model: nn.Module, gates: Gates, adapter_name: str | None = None)
     Raises:
         ValueError: the gates are of another number of layers.
     """
+    reshard(model)
     adapter_name, layers = visual_prompt_layers(model, adapter_name)
     if len(gates.token) not in (1, len(layers)):
         raise ValueError(f"The model has {len(layers)} prompted layers, but the gates are for {len(gates.token)}.")

@@ -4,31 +4,48 @@
 from __future__ import annotations
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .importance import reshard
 from .model import prompt_layers
 
 
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that training changes: trained parameters, and the buffers (running means) of trained heads.
+
+    Their names do not depend on what wraps the model, DDP or a compiled module.
+    """
+    reshard(model)
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    heads = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, buffer in model.named_buffers():
+        if any(name.startswith(f"{head}.modules_to_save.") for head in heads):
+            trained[name] = buffer
+    return trained
+
+
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Copies all trained parameters of a model, prompts and head, by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """Copies all tensors that training changes, of prompts and head, by name."""
+    return {name: tensor.detach().clone() for name, tensor in _trained(model).items()}
 
 
 @torch.no_grad()
 def rewind(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Gives the trained parameters, in place, the values of an earlier `trained_tensors`; pruned values stay zero.
+    """Gives the trained tensors, in place, the values of an earlier `trained_tensors`; pruned values stay zero.
 
     Raises:
         ValueError: the model trains other parameters than those given.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = _trained(model)
     if trained.keys() != tensors.keys():
         differing = sorted(trained.keys() ^ tensors.keys())
         raise ValueError(f"The model trains other parameters than those to rewind to: {', '.join(differing[:4])}.")
-    for name, parameter in trained.items():
-        parameter.copy_(tensors[name])
+    for name, tensor in trained.items():
+        tensor.copy_(tensors[name])
     _clear_pruned_values(model)
 
 

@@ -54,7 +54,8 @@ def predict(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """The gradient of a loss with respect to everything trainable."""
+    """The gradient of a loss with respect to everything trainable; dropout and jitter are those of one seed."""
+    torch.manual_seed(0)
     model.zero_grad()
     output_of(model(**inputs)).float().square().mean().backward()
     return {name: parameter.grad for name, parameter in trainable(model)}

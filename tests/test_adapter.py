@@ -145,9 +145,21 @@ def test_the_text_tower_is_adapted_when_it_is_named(name):
     adapted = embeddings(model, inputs)
     torch.testing.assert_close(adapted["image"], plain["image"])
     assert not torch.allclose(adapted["text"], plain["text"], atol=1e-3)
-    both = trained(get_peft_model(two_towers(name)[0], config_of(target_modules=["self_attn"]))).eval()
+    with pytest.raises(ValueError, match=f"shallow.*{name}"):
+        get_peft_model(two_towers(name)[0], config_of(target_modules=r"text_model\..*self_attn", **SHALLOW))
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_both_towers_can_be_adapted_and_share_key_value_prompts(name):
+    base, inputs = two_towers(name)
+    plain = embeddings(base, inputs)
+    config = config_of(target_modules=["self_attn"], share_kv_prompts_across_layers=True)
+    model = trained(get_peft_model(base, config)).eval()
     names = [f"{tower}.encoder.layers.{n}.self_attn" for tower in ("vision_model", "text_model") for n in range(3)]
-    assert [layer.site.name for layer in layers_of(both)] == names
+    assert [layer.site.name for layer in layers_of(model)] == names
+    assert len({id(layer.kv_prompts("default")) for layer in layers_of(model)}) == 1
+    adapted = embeddings(model, inputs)
+    assert all((adapted[tower] - plain[tower]).abs().max() > 1e-3 for tower in plain)
 
 
 @pytest.mark.parametrize("position", ["before", "after"])
@@ -236,11 +248,12 @@ def test_adapting_an_adapted_model_is_refused_and_leaves_it_as_it_was():
     assert torch.equal(predict(model, inputs), logits)
 
 
-def test_merging_is_refused_with_the_way_out():
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_merging_is_refused_with_the_way_out(merge):
     model, inputs = adapt()
     before, logits = state_of(model), predict(model, inputs)
     with pytest.raises(NotImplementedError, match=r"cannot be merged.*unload\(\)"):
-        model.merge_and_unload()
+        getattr(model, merge)()
     assert state_of(model) == before and torch.equal(predict(model, inputs), logits)
 
 
@@ -255,11 +268,13 @@ KINDS: dict[str, dict[str, Any]] = {"deep": {}, "shallow": SHALLOW, "kv only": K
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_disabled_adapter_gives_the_base_model_bit_by_bit(name):
+@pytest.mark.parametrize(
+    "name, choice", [*[(name, {}) for name in NAMES], ("vit", SHALLOW), ("swin", KV_ONLY)], ids=str
+)
+def test_a_disabled_adapter_gives_the_base_model_bit_by_bit(name, choice):
     base, inputs = build(name)
     expected = predict(base, inputs)
-    model, _ = adapt(name)
+    model, _ = adapt(name, **choice)
     adapted = predict(model, inputs)
     with model.disable_adapter():
         assert torch.equal(predict(model, inputs), expected)
@@ -268,10 +283,15 @@ def test_a_disabled_adapter_gives_the_base_model_bit_by_bit(name):
     assert not torch.allclose(adapted, expected, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the teacher, rightly
+@pytest.mark.parametrize("checkpoints", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
 @kinds
-def test_a_disabled_forward_between_forward_and_backward_changes_no_gradient(kind):
+def test_a_disabled_forward_between_forward_and_backward_changes_no_gradient(kind, checkpoints):
     """Distillation: student, teacher (the adapter switched off), one loss, backward outside of the context."""
     model, inputs = adapt(**KINDS[kind])
+    model.train()
+    if checkpoints is not None:
+        model.activation_checkpointing_enable(checkpoints)
     with model.disable_adapter():
         teacher = predict(model, inputs)
 
@@ -321,7 +341,9 @@ def adapter_of(key: str) -> str:
 
 def two_adapters(first: str, second: str) -> tuple[PeftModel, dict[str, Tensor]]:
     model, inputs = adapt(adapter_name="a", **KINDS[first])
+    before = [name for name, _ in trainable(model)]
     model.add_adapter("b", config_of(**SECOND[second]))
+    assert [name for name, _ in trainable(model)] == before
     model.set_adapter("b")
     trained(model)
     model.set_adapter("a")
@@ -367,7 +389,9 @@ def test_deleting_one_of_two_adapters_leaves_the_other(first, second):
 def test_adapters_of_different_layers_do_not_meet():
     model, inputs = adapt(adapter_name="a", layers_to_transform=[0])
     alone = predict(model, inputs)
+    before = [name for name, _ in trainable(model)]
     model.add_adapter("b", config_of(layers_to_transform=[1, 2]))
+    assert [name for name, _ in trainable(model)] == before
     assert torch.equal(predict(model, inputs), alone)
     model.set_adapter("b")
     with_b = predict(model, inputs)
@@ -434,6 +458,7 @@ def test_adapting_again_after_unload_is_like_the_first_time(kind):
     assert torch.equal(predict(again, inputs), predict(adapt(**KINDS[kind])[0], inputs))
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.parametrize("first", [*KINDS.values(), {"layers_to_transform": [1]}], ids=str)
 @kinds
 def test_adapting_a_base_model_again_without_unload_starts_afresh(first, kind):
@@ -464,3 +489,25 @@ def test_the_task_type_of_text_models_changes_nothing():
         model, inputs = adapt(task_type=task_type)
         assert torch.equal(predict(model, inputs), expected)
         assert model.peft_config["default"].modules_to_save == ["classifier"]
+
+
+# --------------------------------------------------------------------------------------------------------------- masks
+@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "kind, attn_implementation",
+    [*[(kind, name) for kind in KINDS for name in ("sdpa", "eager")], ("shallow", "flex_attention")],
+)
+@torch.compiler.set_stance("force_eager")  # transformers compiles flex attention
+def test_hidden_patches_stay_hidden_and_prompts_stay_seen(kind, attn_implementation):
+    model, inputs = adapt(attn_implementation=attn_implementation, **KINDS[kind])
+    plain, pixels = predict(model, inputs), inputs["pixel_values"]
+    torch.testing.assert_close(plain, predict(adapt(**KINDS[kind])[0], inputs))
+    mask = torch.ones(2, 17, dtype=torch.long)
+    torch.testing.assert_close(predict(model, {**inputs, "attention_mask": mask}), plain)
+    mask[:, -4:] = 0  # the lowest row of patches
+    changed = pixels.clone()
+    changed[:, :, -8:] = 3.0
+    expected = predict(model, {**inputs, "attention_mask": mask})
+    torch.testing.assert_close(predict(model, {"pixel_values": changed, "attention_mask": mask}), expected)
+    assert (predict(model, {"pixel_values": changed}) - plain).abs().max() > 1e-2
+    assert (expected - plain).abs().max() > 1e-2

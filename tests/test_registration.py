@@ -25,6 +25,7 @@ MAPPINGS = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_T
 def test_the_member_is_found_by_name_by_value_and_as_attribute():
     assert PeftType("E2VPT") is PeftType["E2VPT"] is PeftType.E2VPT is registration.peft_type()
     assert PeftType.E2VPT in list(PeftType)
+    assert vars(PeftType)["E2VPT"] is PeftType.E2VPT  # from Python 3.12 on attributes are looked up nowhere else
     assert (PeftType.E2VPT.name, PeftType.E2VPT.value) == ("E2VPT", "E2VPT")
     assert json.loads(json.dumps({"peft_type": PeftType.E2VPT})) == {"peft_type": "E2VPT"}
 

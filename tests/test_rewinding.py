@@ -52,6 +52,28 @@ def test_pruned_values_stay_pruned(name: str) -> None:
         assert torch.equal(prompts, torch.where(alive, original, torch.zeros(())))
 
 
+def test_running_means_of_a_head_are_rewound_too() -> None:
+    base, inputs = build("vit")
+    base.classifier = nn.Sequential(nn.BatchNorm1d(32), base.classifier)
+    model = get_peft_model(base, config_of()).train()
+    kept = trained_tensors(model)
+    model(**inputs)
+    (head,) = model.get_base_model().classifier.modules_to_save.values()
+    assert not torch.equal(head[0].running_mean, torch.zeros(32))
+    rewind(model, kept)
+    assert torch.equal(head[0].running_mean, torch.zeros(32))
+
+
+def test_a_wrapped_model_is_rewound_too() -> None:
+    model, _ = adapt("vit")
+    compiled = torch.compile(model, backend="eager")
+    kept = trained_tensors(compiled)
+    assert kept.keys() == trained_tensors(model).keys()
+    trained(model)
+    rewind(compiled, kept)
+    assert all(torch.equal(tensor, kept[key]) for key, tensor in trained_tensors(model).items())
+
+
 def test_other_parameters_are_refused() -> None:
     model, _ = adapt("vit")
     kept = trained_tensors(model)

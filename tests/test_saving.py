@@ -216,6 +216,9 @@ def test_a_checkpoint_loads_into_a_live_adapter_in_another_state_of_pruning(tmp_
     live.eval()
     assert torch.equal(predict(live, inputs), answers[second])
     assert {name: id(parameter) for name, parameter in trainable(live)} == parameters
+    hooks = [len(module._forward_pre_hooks) for module in live.modules()]
+    live.load_adapter(tmp_path / second, adapter_name="default", is_trainable=True)
+    assert [len(module._forward_pre_hooks) for module in live.modules()] == hooks
     assert not torch.allclose(answers["whole"], answers["pruned"], atol=1e-3)
 
 

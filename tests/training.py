@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_e2vpt import E2VPTConfig, PruneRewindCallback
-from peft_e2vpt.callback import TARGET_FILE
 
 
 NUM_PROMPTS, NUM_SEGMENTS = 4, 8
@@ -137,12 +137,15 @@ def history_of(trainer: Trainer) -> list[dict[str, float]]:
     return [entry for entry in entries if entry.keys() - {"epoch", "step"}]
 
 
+adapted("vit"), adapted("swin")
+gc.freeze()  # every training collects garbage, and need not look through the modules that are loaded by now
+
+
 __all__ = [
     "HALF",
     "NUM_PROMPTS",
     "NUM_SEGMENTS",
     "SETTINGS",
-    "TARGET_FILE",
     "Pictures",
     "Watch",
     "adapted",
