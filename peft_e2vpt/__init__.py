@@ -5,12 +5,13 @@ from .callback import PruneRewindCallback
 from .config import E2VPTConfig
 from .importance import ImportanceScores, score_prompts
 from .layer import E2VPTLayer
-from .model import E2VPTModel, PromptSummary
+from .model import E2VPTModel
 from .pruning import Gates, apply_gates, prune, prune_to_budget
 from .registration import register
 from .report import PruningReport
 from .rewinding import redraw, rewind, trained_tensors
 from .search import PruningSearch, search_pruning
+from .summary import PromptSummary
 from .version import __version__
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .config import E2VPTConfig
+from .container import prompt_layers
 from .layer import E2VPTLayer, GateOverride
-from .model import prompt_layers
 
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], Tensor]

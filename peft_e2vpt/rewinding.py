@@ -9,8 +9,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .container import prompt_layers
 from .importance import reshard
-from .model import prompt_layers
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ from peft_e2vpt import (
     trained_tensors,
 )
 from peft_e2vpt.callback import TARGET_FILE
-from peft_e2vpt.model import prompt_layers
+from peft_e2vpt.container import prompt_layers
 from peft_e2vpt.pruning import current_gates
 
 

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from peft_e2vpt import E2VPTConfig, ImportanceScores, apply_gates, prune, score_prompts, search_pruning
-from peft_e2vpt.model import prompt_layers
+from peft_e2vpt.container import prompt_layers
 from peft_e2vpt.search import RATIOS
 
 

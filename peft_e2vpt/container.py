@@ -1,0 +1,66 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""`PromptLayers`: where an adapted model keeps the prompt layers of its self-attentions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .insertion import ShallowInsertion
+from .layer import E2VPTLayer
+
+
+CONTAINER = "e2vpt"
+
+
+def _embeddings_of(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return embeddings if isinstance(embeddings, nn.Module) else None
+
+
+class PromptLayers(nn.ModuleDict):
+    """The child `e2vpt` of an adapted model: an `E2VPTLayer` per self-attention, by the number of the attention.
+
+    Attributes:
+        base_requires_grad: which parameters of the base model required a gradient before it was adapted.
+        insertions: where shallow prompts enter and leave the sequence, by adapter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.insertions: dict[str, ShallowInsertion] = {}
+        towers = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        embeddings = {module for tower in towers if (module := _embeddings_of(tower)) is not None}
+        self._handles = [module.register_forward_hook(self._require_gradient) for module in embeddings]
+
+    def _require_gradient(self, embeddings: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Lets a gradient into the first block: reentrant checkpoints give none to what is inside without it."""
+        if not embeddings.training or not torch.is_grad_enabled():
+            return
+        layers = [layer for layer in prompt_layers(self) if not layer.disable_adapters]
+        if any(getattr(layer.site.block, "gradient_checkpointing", False) for layer in layers):
+            for tensor in output if isinstance(output, tuple) else (output,):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    tensor.requires_grad_()
+
+    def detach(self) -> None:
+        """Leaves the base model: its modules are as they were before."""
+        for layer in prompt_layers(self):
+            layer.detach()
+        for insertion in self.insertions.values():
+            insertion.detach()
+        for handle in self._handles:
+            handle.remove()
+
+
+def prompt_layers(model: nn.Module) -> list[E2VPTLayer]:
+    """Lists the prompt layers of a model in the order of their attentions, whatever wraps the model."""
+    layers = [module for module in model.modules() if isinstance(module, E2VPTLayer)]
+    return sorted(layers, key=lambda layer: layer.index)
