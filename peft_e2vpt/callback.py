@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from .pruning import MIN_SEGMENTS, MIN_TOKENS, Gates, apply_gates, current_gates
 from .report import REPORT_NAME, PruningReport
 from .rewinding import redraw, rewind, trained_tensors
 from .schedule import TwoPartSchedule
-from .search import PruningSearch, search_pruning
+from .search import RATIOS, PruningSearch, search_pruning
 
 
 logger = logging.get_logger(__name__)
 
 UNITS = ("fraction", "epochs", "steps")
 TARGETS = ("init", "early", "fresh", "none")
-TARGET_FILE = "rewind_target.safetensors"
+TARGET_FILE = "_rewind_target.safetensors"  # Trainer.push_to_hub leaves names with a leading underscore out
 
 
 def _running_trainer() -> Trainer:
@@ -78,6 +79,10 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
             draw. `"none"`: keeps the trained values.
         early_steps (`int`, *optional*, defaults to 0):
             The step to rewind to with `rewind_to="early"`.
+        token_ratios (`Sequence[float]`, *optional*, defaults to 0, 0.1, ..., 0.9):
+            The ratios of prompts that a search compares.
+        segment_ratios (`Sequence[float]`, *optional*, defaults to 0, 0.1, ..., 0.9):
+            The ratios of segments that a search compares.
         max_score_batches (`int`, *optional*):
             Training batches per process to score with; by default all.
         validation_dataset (*optional*):
@@ -104,6 +109,8 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
         min_segments: int = MIN_SEGMENTS,
         rewind_to: str = "init",
         early_steps: int = 0,
+        token_ratios: Sequence[float] = RATIOS,
+        segment_ratios: Sequence[float] = RATIOS,
         max_score_batches: int | None = None,
         validation_dataset: Any = None,
     ) -> None:
@@ -128,6 +135,8 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
         self.min_segments = min_segments
         self.rewind_to = rewind_to
         self.early_steps = early_steps
+        self.token_ratios = tuple(token_ratios)
+        self.segment_ratios = tuple(segment_ratios)
         self.max_score_batches = max_score_batches
         self.validation_dataset = validation_dataset
         self.report: PruningReport | None = None
@@ -357,6 +366,8 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
                 scores,
                 self._loader(trainer, loader.dataset, batch_size),
                 adapter_name=adapter_name,
+                token_ratios=self.token_ratios,
+                segment_ratios=self.segment_ratios,
                 max_rows=max(64, batch_size),
                 seed=trainer.args.seed,
                 **bounds,
