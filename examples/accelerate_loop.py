@@ -181,13 +181,7 @@ def share_of(dataset: Any, accelerator: Accelerator, args: argparse.Namespace) -
         return DataLoader(Subset(dataset, indices), args.batch_size)
 
 
-def main() -> None:
-    args = parse_arguments()
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        cpu=args.cpu or not torch.cuda.is_available(),
-    )
+def run(accelerator: Accelerator, args: argparse.Namespace) -> None:
     set_seed(args.seed)
     base, training, validation = load_smoke() if args.smoke else load(args)
     config = E2VPTConfig(
@@ -228,6 +222,18 @@ def main() -> None:
     if accelerator.is_main_process:
         adapted.save_pretrained(args.output_dir)
         (Path(args.output_dir) / "results.json").write_text(json.dumps(results))
+
+
+def main() -> None:
+    args = parse_arguments()
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        cpu=args.cpu or not torch.cuda.is_available(),
+    )
+    run(accelerator, args)
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -39,13 +39,14 @@ class PromptLayers(nn.ModuleDict):
         towers = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
         embeddings = {module for tower in towers if (module := _embeddings_of(tower)) is not None}
         self._handles = [module.register_forward_hook(self._require_gradient) for module in embeddings]
+        self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
     def _require_gradient(self, embeddings: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Lets a gradient into the first block: reentrant checkpoints give none to what is inside without it."""
         if not embeddings.training or not torch.is_grad_enabled():
             return
-        layers = [layer for layer in prompt_layers(self) if not layer.disable_adapters]
-        if any(getattr(layer.site.block, "gradient_checkpointing", False) for layer in layers):
+        enabled = any(not layer.disable_adapters for layer in prompt_layers(self))
+        if enabled and any(module.gradient_checkpointing for module in self._checkpointing):
             for tensor in output if isinstance(output, tuple) else (output,):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     tensor.requires_grad_()

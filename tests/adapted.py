@@ -9,6 +9,7 @@ import torch
 from models import build, output_of
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peft_e2vpt import E2VPTConfig, E2VPTLayer
 
@@ -20,6 +21,15 @@ SMALL: dict[str, Any] = {
     "visual_prompt_dropout": 0.0,
     "seed": 0,
 }
+# transformers before 5.22 or so calls it by another name
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if hasattr(PreTrainedModel, f"{name}_enable")
+)
+# torch 2.6 warns of checkpoints inside checkpoints too, which Swin has
+SEES_NESTED_CHECKPOINTS = not torch.__version__.startswith("2.6.")
+WITHOUT_GRADIENT = ("error" if SEES_NESTED_CHECKPOINTS else "ignore") + ":None of the inputs have requires_grad"
 SHALLOW = {"visual_prompt_mode": "shallow"}
 KV_ONLY = {"num_visual_prompts": 0}
 
@@ -42,6 +52,10 @@ def trained(model: PeftModel) -> PeftModel:
     for _, parameter in trainable(model):
         parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
     return model
+
+
+def checkpoint_activations(model: nn.Module, kwargs: dict[str, bool] | None = None) -> None:
+    getattr(model, f"{CHECKPOINTING}_enable")(kwargs)
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

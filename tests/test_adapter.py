@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from adapted import KV_ONLY, SHALLOW, adapt, config_of, gradients, layers_of, predict, trainable, trained
+from adapted import (
+    CHECKPOINTING,
+    KV_ONLY,
+    SHALLOW,
+    adapt,
+    checkpoint_activations,
+    config_of,
+    gradients,
+    layers_of,
+    predict,
+    trainable,
+    trained,
+)
 from models import NAMES, TEXT, VIT, build, draw_parameters
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -291,7 +303,7 @@ def test_a_disabled_forward_between_forward_and_backward_changes_no_gradient(kin
     model, inputs = adapt(**KINDS[kind])
     model.train()
     if checkpoints is not None:
-        model.activation_checkpointing_enable(checkpoints)
+        checkpoint_activations(model, checkpoints)
     with model.disable_adapter():
         teacher = predict(model, inputs)
 
@@ -437,10 +449,10 @@ def test_two_adapters_and_gradient_checkpointing_leave_nothing_behind():
     before, logits = state_of(base), predict(base, inputs)
     model = get_peft_model(base, config_of(**SHALLOW))
     model.add_adapter("b", config_of())
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     gradients(model.train(), inputs)
     back = model.unload()
-    back.activation_checkpointing_disable()
+    getattr(back, f"{CHECKPOINTING}_disable")()
     after = state_of(back)
     assert {key: after[key] for key in after if key != "attributes"} == {
         key: before[key] for key in before if key != "attributes"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import GradientState
 from accelerate.utils import DataLoaderConfiguration
-from adapted import adapt, trained
+from adapted import adapt, checkpoint_activations, trained
 from models import NUM_LABELS
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -395,7 +395,7 @@ def test_scores_are_the_same_with_gradient_checkpointing() -> None:
     model, _ = adapt("vit", dtype=torch.float64)
     expected = score_prompts(model, [images()])
     for reentrant in (False, True):
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint_activations(model, {"use_reentrant": reentrant})
         found = score_prompts(model.train(), [images()])
         assert torch.equal(found.token, expected.token)
 

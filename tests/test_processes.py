@@ -39,9 +39,16 @@ def free_port() -> int:
 def launch(*command: str, env: dict[str, str] | None = None) -> str:
     """Runs a command and returns what it prints; its errors are the test's."""
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(env or {})}
-    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    return done.stdout
+    process = subprocess.Popen(
+        command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        output, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends the processes that it started
+        output = process.communicate()[0] + "\nended after 180 seconds"
+    assert process.returncode == 0, output[-12000:]
+    return output
 
 
 def torchrun(script: Path, *arguments: str) -> str:

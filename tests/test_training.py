@@ -12,7 +12,21 @@ import pytest
 import torch
 import torch.multiprocessing
 import transformers
-from adapted import KV_ONLY, SHALLOW, adapt, config_of, gradients, layers_of, predict, prune, trainable, trained
+from adapted import (
+    CHECKPOINTING,
+    KV_ONLY,
+    SHALLOW,
+    WITHOUT_GRADIENT,
+    adapt,
+    checkpoint_activations,
+    config_of,
+    gradients,
+    layers_of,
+    predict,
+    prune,
+    trainable,
+    trained,
+)
 from ddp_worker import CASES, WORLD_SIZE, batch, gradients_of_mean_loss, model_of, run
 from models import NAMES, build, output_of
 from peft import PeftModel, get_peft_model
@@ -180,11 +194,11 @@ def gradients_in_trainer(
     trainer = trainer_of(model, folder, [callback], max_steps=1, max_grad_norm=0, **arguments)
     trainer.train()
     blocks = [layer.site.block for layer in layers_of(model)]
-    assert all(block.gradient_checkpointing == arguments.get("activation_checkpointing", False) for block in blocks)
+    assert all(block.gradient_checkpointing == arguments.get(CHECKPOINTING, False) for block in blocks)
     return callback.of
 
 
-@pytest.mark.filterwarnings("error:None of the inputs have requires_grad")
+@pytest.mark.filterwarnings(WITHOUT_GRADIENT)
 @pytest.mark.parametrize("use_reentrant", [True, False, None])
 @pytest.mark.parametrize(
     "name, settings",
@@ -196,9 +210,7 @@ def test_trainer_with_checkpointed_activations_gives_the_gradients_of_a_run_with
 ):
     expected = gradients_in_trainer(tmp_path, name, settings)
     kwargs = None if use_reentrant is None else {"use_reentrant": use_reentrant}
-    found = gradients_in_trainer(
-        tmp_path, name, settings, activation_checkpointing=True, activation_checkpointing_kwargs=kwargs
-    )
+    found = gradients_in_trainer(tmp_path, name, settings, **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": kwargs})
     assert expected.keys() == found.keys()
     for key, gradient in expected.items():
         assert gradient is not None and gradient.abs().max() > 1e-7, key
@@ -206,7 +218,7 @@ def test_trainer_with_checkpointed_activations_gives_the_gradients_of_a_run_with
         torch.testing.assert_close(found[key], gradient)
 
 
-@pytest.mark.filterwarnings("error:None of the inputs have requires_grad")
+@pytest.mark.filterwarnings(WITHOUT_GRADIENT)
 @pytest.mark.parametrize("order", ["before wrapping", "after wrapping", "on the base model"])
 @pytest.mark.parametrize("name", NAMES)
 def test_reentrant_checkpoints_give_every_family_its_gradients_whenever_they_are_enabled(name, order):
@@ -216,10 +228,10 @@ def test_reentrant_checkpoints_give_every_family_its_gradients_whenever_they_are
     expected = gradients(plain.train(), inputs)
     base, _ = build(name)
     if order == "before wrapping":
-        base.activation_checkpointing_enable({"use_reentrant": True})
+        checkpoint_activations(base, {"use_reentrant": True})
     model = trained(get_peft_model(base, config_of())).train()
     if order != "before wrapping":
-        (model if order == "after wrapping" else base).activation_checkpointing_enable({"use_reentrant": True})
+        checkpoint_activations(model if order == "after wrapping" else base, {"use_reentrant": True})
     found = gradients(model, inputs)
     for key, gradient in expected.items():
         assert found[key] is not None, key

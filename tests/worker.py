@@ -6,6 +6,7 @@ Every process writes `OUT/rank{rank}.pt`, a dictionary of what it found.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -141,6 +142,7 @@ def main(out: Path) -> None:
     bare = PruneRewindCallback(5, "steps", tokens=1.0, min_tokens=0)
     found["bare"] = run(out / "bare", 2, bare, max_steps=8)
     torch.save(found, out / f"rank{rank}.pt")
+    gc.collect()  # a DDP model that is alive when its process group is destroyed may hang
     dist.barrier()
     dist.destroy_process_group()
 
