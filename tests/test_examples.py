@@ -191,7 +191,7 @@ def finetune(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
-METHODS = ["linear", "e2vpt", "vpt-deep", "vpt-shallow", "lora", "full"]
+METHODS = ["linear", "e2vpt", "e2vpt-pruned", "vpt-deep", "vpt-shallow", "lora", "full"]
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +219,7 @@ def test_finetune_prints_and_saves_the_table(finished):
     assert rows["vpt-shallow"]["trained"] == head + 10 * width
     assert rows["vpt-deep"]["trained"] == head + 10 * width * layers
     assert rows["e2vpt"]["trained"] == head + (10 + 5) * width * layers
+    assert rows["e2vpt-pruned"]["trained"] <= rows["e2vpt"]["trained"]
     assert rows["lora"]["trained"] == head + 2 * 2 * 8 * width * layers
     assert rows["full"]["percent"] == 100
     assert all(0 <= row["accuracy"] <= 1 and row["seconds"] > 0 for row in rows.values())
