@@ -29,7 +29,7 @@ from peft_e2vpt.importance import visual_prompt_layers
 from peft_e2vpt.layer import GateOverride
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 Batches = list[dict[str, Tensor]]
 

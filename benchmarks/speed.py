@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import torch
 import transformers
 from baselines import BACKBONES, METHODS, build
@@ -94,10 +95,13 @@ def measure_memory(method: str, args: argparse.Namespace) -> None:
     """Prints what `peak_memory` reads."""
     model = build(method, args.backbone, args.image_size, args.num_visual_prompts, args.num_kv_prompts)
     batch = make_batch(args.batch_sizes[0], args.image_size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run = forward_pass(model, batch) if method == "plain" else training_step(model, batch)
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of building the model
     run()
-    print(json.dumps({"peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+    status = Path("/proc/self/status").read_text()
+    peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
+    print(json.dumps({"peak_mib": (peak - before) / 2**20}))
 
 
 def main() -> None:

@@ -129,6 +129,27 @@ def no_trace(model: nn.Module, dataloader: Iterable[Any], seed: int | None = Non
             np.random.set_state(numpy_state)
 
 
+@contextmanager
+def gates_on(place: str, layers: list[E2VPTLayer]) -> Iterator[None]:
+    """Lets attentions that cannot add to their scores (flash, flex) run as sdpa where gates are on the `"attention"`.
+
+    Args:
+        place: `"attention"` or `"embedding"`.
+        layers: the layers whose gates are measured.
+    """
+    sources = [layer.site.attention.config.__dict__["_e2vpt_source"] for layer in layers]
+    configs = {id(source): source for source in sources}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    switched = [key for key, name in before.items() if place == "attention" and ("flash" in name or "flex" in name)]
+    try:
+        for key in switched:
+            configs[key]._attn_implementation = "sdpa"
+        yield
+    finally:
+        for key in switched:
+            configs[key]._attn_implementation = before[key]
+
+
 def batches(dataloader: Iterable[dict[str, Any]], max_batches: int | None, description: str) -> Iterator[Any]:
     """Yields batches with transformers' own progress bar, on the main process."""
     total = len(dataloader) if isinstance(dataloader, Sized) else None
@@ -227,7 +248,7 @@ def score_prompts(
     token = torch.zeros(shape, dtype=torch.float64)
     segment = torch.zeros(*shape, config.num_segments, dtype=torch.float64)
     num_samples = num_batches = 0
-    with no_trace(model, dataloader, seed), torch.enable_grad():
+    with no_trace(model, dataloader, seed), gates_on(config.token_gate, layers), torch.enable_grad():
         try:
             for batch in batches(dataloader, max_batches, "Scoring prompts"):
                 batch = send_to_device(dict(batch), device)

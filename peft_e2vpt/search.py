@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 
-from .importance import ImportanceScores, active_prompt_layers, batches, no_trace, sum_over_processes
+from .importance import ImportanceScores, active_prompt_layers, batches, gates_on, no_trace, sum_over_processes
 from .layer import GateOverride
 from .pruning import MIN_SEGMENTS, MIN_TOKENS, Gates, prune
 
@@ -152,7 +152,7 @@ def search_pruning(
     token = torch.stack([g.token for g in gates]).float().to(device)  # (candidates, L, M)
     segment = torch.stack([g.segment for g in gates]).float().to(device)
     totals = torch.zeros(len(candidates) + 1, dtype=torch.float64)  # the last one counts samples
-    with no_trace(model, dataloader, seed):
+    with no_trace(model, dataloader, seed), gates_on(on, layers):
         try:
             for batch in batches(dataloader, None, "Comparing prunings"):
                 batch = send_to_device(dict(batch), device)

@@ -547,6 +547,31 @@ def test_scoring_leaks_no_gradient_into_the_next_step(tmp_path: Path) -> None:
     assert norms[1] == norms[None] and len(norms[1]) == STEPS + 8
 
 
+def test_prompts_are_scored_by_the_loss_that_the_trainer_computes(tmp_path: Path) -> None:
+    def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return 1000 * torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+    scores = {}
+    for kind in ("plain", "smoothed", "own"):
+        callback = PruneRewindCallback(1, "steps", **HALF)  # with a learning rate of 0: nothing is trained yet
+        settings = {"label_smoothing_factor": 0.2} if kind == "smoothed" else {}
+        trainer = trainer_for(tmp_path, callback, max_steps=4, **settings)
+        trainer.compute_loss_func = loss_of if kind == "own" else None
+        trainer.train()
+        assert callback.report is not None
+        scores[kind] = torch.tensor(callback.report.token_scores)
+    torch.testing.assert_close(scores["own"], 1000 * scores["plain"], rtol=1e-4, atol=1e-6)
+    expected = score_prompts(
+        adapted(),
+        [Pictures()[:]],
+        loss_fn=lambda model, batch: torch.nn.functional.cross_entropy(
+            model(pixel_values=batch["pixel_values"]).logits, batch["labels"], label_smoothing=0.2
+        ),
+    )
+    torch.testing.assert_close(scores["smoothed"], expected.token.float(), rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(scores["smoothed"], scores["plain"], rtol=1e-2)
+
+
 def test_bfloat16_on_a_cpu(tmp_path: Path) -> None:
     reports = {}
     for bf16 in (False, True):

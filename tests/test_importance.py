@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from peft_e2vpt import E2VPTConfig, apply_gates, prune, score_prompts
+from peft_e2vpt import E2VPTConfig, apply_gates, prune, score_prompts, search_pruning
 from peft_e2vpt.container import prompt_layers
 from peft_e2vpt.layer import GateOverride
 
@@ -389,6 +389,23 @@ def test_scores_do_not_depend_on_the_attention_implementation(implementation: st
     model, _ = adapt("vit", attn_implementation=implementation)
     found = score_prompts(model, [images(dtype=torch.float32)])
     torch.testing.assert_close(found.token, expected.token, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "dinov2"])
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+def test_attentions_that_cannot_bias_a_score_give_way_while_scores_are_measured(
+    implementation: str, name: str
+) -> None:
+    batch = images(dtype=torch.float32)
+    model, _ = adapt(name)
+    expected = score_prompts(model, [batch])
+    searched = search_pruning(model, expected, [batch], min_segments=1)
+    config = prompt_layers(model)[0].site.attention.config.__dict__["_e2vpt_source"]
+    config._attn_implementation = implementation  # as on a GPU
+    found = score_prompts(model, [batch])
+    assert torch.equal(found.token, expected.token) and torch.equal(found.segment, expected.segment)
+    assert search_pruning(model, expected, [batch], min_segments=1).candidates == searched.candidates
+    assert config._attn_implementation == implementation
 
 
 def test_scores_are_the_same_with_gradient_checkpointing() -> None:
