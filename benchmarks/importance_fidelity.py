@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 import peft_e2vpt
-from peft_e2vpt.importance import visual_prompt_layers
+from peft_e2vpt.container import visual_prompt_layers
 from peft_e2vpt.layer import GateOverride
 
 

@@ -148,6 +148,11 @@ def _extend_block_mask(mask: Any, before: int, behind: int) -> Any:
     return create_block_mask(sees, batch, heads, num_queries, before + num_keys + behind, device=device)
 
 
+def visible_value(mask: Tensor) -> int:
+    """What lets a query see a key: 1 in a mask that selects (boolean, or (B, N)), 0 in one that is added."""
+    return 1 if mask.dim() == 2 or mask.dtype == torch.bool else 0
+
+
 def _extend_mask(mask: Any, rows: Rows, num_keys: int, dtype: torch.dtype, num_sequences: int) -> Any:
     """Adds the columns of the rows to an attention mask: visible to every query, biased by `rows.score_bias`."""
     behind = rows.num_behind
@@ -155,7 +160,7 @@ def _extend_mask(mask: Any, rows: Rows, num_keys: int, dtype: torch.dtype, num_s
     if mask is not None and not isinstance(mask, Tensor):
         mask = _extend_block_mask(mask, before, behind)
     elif mask is not None:
-        mask = F.pad(mask, (before, behind), value=1 if mask.dim() == 2 or mask.dtype == torch.bool else 0)
+        mask = F.pad(mask, (before, behind), value=visible_value(mask))
     if rows.score_bias is None:
         return mask
     bias = _per_sequence(rows.score_bias.to(dtype), num_sequences)

@@ -18,7 +18,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from .importance import ImportanceScores, score_prompts, visual_prompt_layers
+from .container import visual_prompt_layers
+from .importance import ImportanceScores, score_prompts, zero_scores
 from .pruning import MIN_SEGMENTS, MIN_TOKENS, Gates, apply_gates, current_gates, prune, prune_to_budget
 from .report import REPORT_NAME, PruningReport
 from .rewinding import redraw, rewind, trained_tensors
@@ -267,10 +268,7 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
         """Finds out before the first part whether the amounts to prune are possible."""
         if not self.searches:
             _, layers = visual_prompt_layers(trainer.model, adapter_name)
-            config = layers[0].e2vpt_config[adapter_name]
-            shape = (1 if config.gate_scope == "model" else len(layers), config.num_visual_prompts)
-            scores = ImportanceScores(torch.zeros(shape), torch.zeros(*shape, config.num_segments), 1)
-            self._choose(trainer, scores, adapter_name)
+            self._choose(trainer, zero_scores(layers, layers[0].e2vpt_config[adapter_name]), adapter_name)
 
     def _validation_data(self, trainer: Trainer) -> Any:
         data = self.validation_dataset if self.validation_dataset is not None else trainer.eval_dataset

@@ -45,8 +45,8 @@ class PromptLayers(nn.ModuleDict):
         """Lets a gradient into the first block: reentrant checkpoints give none to what is inside without it."""
         if not embeddings.training or not torch.is_grad_enabled():
             return
-        enabled = any(not layer.disable_adapters for layer in prompt_layers(self))
-        if enabled and any(module.gradient_checkpointing for module in self._checkpointing):
+        checkpointing = any(module.gradient_checkpointing for module in self._checkpointing)
+        if checkpointing and any(not layer.disable_adapters for layer in prompt_layers(self)):
             for tensor in output if isinstance(output, tuple) else (output,):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     tensor.requires_grad_()
@@ -65,3 +65,34 @@ def prompt_layers(model: nn.Module) -> list[E2VPTLayer]:
     """Lists the prompt layers of a model in the order of their attentions, whatever wraps the model."""
     layers = [module for module in model.modules() if isinstance(module, E2VPTLayer)]
     return sorted(layers, key=lambda layer: layer.index)
+
+
+def visual_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, list[E2VPTLayer]]:
+    """Returns the name of the adapter, by default the active one, and the layers with visual prompts of it.
+
+    Raises:
+        ValueError: the model has no E2VPT adapter, or the adapter has no visual prompts.
+    """
+    layers = prompt_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no E2VPT adapter: wrap it with get_peft_model(model, E2VPTConfig()) first."
+        )
+    adapter_name = adapter_name or layers[0].active_adapters[0]
+    prompted = [layer for layer in layers if adapter_name in layer.e2vpt_visual_prompts]
+    if not prompted:
+        raise ValueError(
+            f"The adapter {adapter_name!r} has no visual prompts to score or prune: it needs num_visual_prompts of at "
+            "least 1."
+        )
+    return adapter_name, prompted
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts sharded parameters back in place where FSDP2 has left gathered copies after a forward pass.
+
+    A change in place would be lost with the copies.
+    """
+    for module in model.modules():
+        if hasattr(type(module), "reshard"):
+            module.reshard()  # type: ignore[operator]

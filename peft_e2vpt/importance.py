@@ -3,23 +3,17 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.state import GradientState
-from accelerate.utils import extract_model_from_parallel, send_to_device
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from .config import E2VPTConfig
-from .container import prompt_layers
 from .layer import E2VPTLayer, GateOverride
+from .measuring import active_prompt_layers, batches, gates_on, no_trace, sum_over_processes
 
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], Tensor]
@@ -44,122 +38,11 @@ class ImportanceScores:
     num_samples: int
 
 
-def visual_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, list[E2VPTLayer]]:
-    """Returns the name of the adapter, by default the active one, and the layers with visual prompts of it.
-
-    Raises:
-        ValueError: the model has no E2VPT adapter, or the adapter has no visual prompts.
-    """
-    layers = prompt_layers(model)
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no E2VPT adapter: wrap it with get_peft_model(model, E2VPTConfig()) first."
-        )
-    adapter_name = adapter_name or layers[0].active_adapters[0]
-    prompted = [layer for layer in layers if adapter_name in layer.e2vpt_visual_prompts]
-    if not prompted:
-        raise ValueError(
-            f"The adapter {adapter_name!r} has no visual prompts to score or prune: it needs num_visual_prompts of at "
-            "least 1."
-        )
-    return adapter_name, prompted
-
-
-def active_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, list[E2VPTLayer]]:
-    """The same as `visual_prompt_layers`, of an adapter that takes part in the forward pass, and alone.
-
-    Raises:
-        ValueError: as there, or the adapter is switched off, or others are active too.
-    """
-    adapter_name, layers = visual_prompt_layers(model, adapter_name)
-    if layers[0].disable_adapters or layers[0].active_adapters != [adapter_name]:
-        raise ValueError(
-            f"The adapter {adapter_name!r} is not the active one: call model.set_adapter({adapter_name!r}) first."
-        )
-    return adapter_name, layers
-
-
-def reshard(model: nn.Module) -> None:
-    """Puts sharded parameters back in place where FSDP2 has left gathered copies after a forward pass.
-
-    A change in place would be lost with the copies.
-    """
-    for module in model.modules():
-        if hasattr(type(module), "reshard"):
-            module.reshard()  # type: ignore[operator]
-
-
-@contextmanager
-def no_trace(model: nn.Module, dataloader: Iterable[Any], seed: int | None = None) -> Iterator[None]:
-    """Runs a block in eval mode and leaves modes, random number generators and the dataloader as they were.
-
-    Args:
-        model: the model whose modules return to the mode that each had.
-        dataloader: what the block reads; its own generators and what Accelerate notes of a running epoch are kept.
-        seed: makes what the block draws (augmentations of its data, for instance) repeatable.
-    """
-    modes = {module: module.training for module in model.modules()}
-    holders = (dataloader, getattr(dataloader, "sampler", None))
-    owned = [getattr(holder, name, None) for holder in holders for name in ("generator", "synchronized_generator")]
-    generators = {g: g.get_state() for g in owned if isinstance(g, torch.Generator)}
-    names = ("end_of_dataloader", "remainder", "iteration")
-    notes = {name: getattr(dataloader, name) for name in names if hasattr(dataloader, name)}
-    gradient_state = GradientState()
-    running = gradient_state.dataloader_references
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for generator, state in generators.items():
-                generator.set_state(state)
-            for name, value in notes.items():
-                setattr(dataloader, name, value)
-            gradient_state.dataloader_references = running
-            reshard(model)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-@contextmanager
-def gates_on(place: str, layers: list[E2VPTLayer]) -> Iterator[None]:
-    """Lets attentions that cannot add to their scores (flash, flex) run as sdpa where gates are on the `"attention"`.
-
-    Args:
-        place: `"attention"` or `"embedding"`.
-        layers: the layers whose gates are measured.
-    """
-    sources = [layer.site.attention.config.__dict__["_e2vpt_source"] for layer in layers]
-    configs = {id(source): source for source in sources}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    switched = [key for key, name in before.items() if place == "attention" and ("flash" in name or "flex" in name)]
-    try:
-        for key in switched:
-            configs[key]._attn_implementation = "sdpa"
-        yield
-    finally:
-        for key in switched:
-            configs[key]._attn_implementation = before[key]
-
-
-def batches(dataloader: Iterable[dict[str, Any]], max_batches: int | None, description: str) -> Iterator[Any]:
-    """Yields batches with transformers' own progress bar, on the main process."""
-    total = len(dataloader) if isinstance(dataloader, Sized) else None
-    if max_batches is not None:
-        total = max_batches if total is None else min(total, max_batches)
-    state = torch.distributed
-    is_main = not (state.is_available() and state.is_initialized()) or state.get_rank() == 0
-    yield from logging.tqdm(
-        islice(dataloader, max_batches), total=total, desc=description, leave=False, disable=None if is_main else True
-    )
+def zero_scores(layers: list[E2VPTLayer], config: E2VPTConfig) -> ImportanceScores:
+    """Scores of no sample, in the shapes that an adapter's have."""
+    shape = (1 if config.gate_scope == "model" else len(layers), config.num_visual_prompts)
+    token = torch.zeros(shape, dtype=torch.float64)
+    return ImportanceScores(token, torch.zeros(*shape, config.num_segments, dtype=torch.float64), 0)
 
 
 def _labelled(batch: dict[str, Any], num_samples: int) -> int:
@@ -244,15 +127,12 @@ def score_prompts(
     config = layers[0].e2vpt_config[adapter_name]
     assert config.token_gate is not None
     device = layers[0].e2vpt_visual_prompts[adapter_name].device
-    shape = (1 if config.gate_scope == "model" else len(layers), config.num_visual_prompts)
-    token = torch.zeros(shape, dtype=torch.float64)
-    segment = torch.zeros(*shape, config.num_segments, dtype=torch.float64)
+    sums = zero_scores(layers, config)
+    token, segment = sums.token, sums.segment
     num_samples = num_batches = 0
     with no_trace(model, dataloader, seed), gates_on(config.token_gate, layers), torch.enable_grad():
         try:
-            for batch in batches(dataloader, max_batches, "Scoring prompts"):
-                batch = send_to_device(dict(batch), device)
-                batch_size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+            for batch, batch_size in batches(dataloader, device, "Scoring prompts", max_batches):
                 counted = _labelled(batch, batch_size)
                 if not counted:
                     continue
@@ -284,12 +164,3 @@ def score_prompts(
         )
     divisor = num_batches if signed else num_samples
     return ImportanceScores(token / divisor, segment / divisor, num_samples)
-
-
-def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
-    """Adds up what all processes hold; every process gets the same bits."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tensor
-    summed = tensor.to(device)
-    torch.distributed.all_reduce(summed)
-    return summed.cpu()

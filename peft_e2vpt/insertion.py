@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import visible_value
 from .layer import E2VPTLayer
 
 
@@ -83,7 +84,7 @@ class ShallowInsertion:
         if mask is None or not self._is_active():
             return None
         if isinstance(mask, Tensor):
-            seen = mask.new_full((), 1 if mask.dim() == 2 or mask.dtype == torch.bool else 0)
+            seen = mask.new_full((), visible_value(mask))
             mask = self._put_in(mask, seen.expand(*mask.shape[:-1], self._count()), dim=-1)
             if mask.dim() == 4 and mask.shape[-2] > 1:  # prompts see what the first token sees
                 mask = self._put_in(mask, mask[:, :, :1].expand(-1, -1, self._count(), -1), dim=-2)

@@ -42,6 +42,11 @@ def expand_segments(gates: Tensor, width: int, layout: str) -> Tensor:
     return gates.repeat(*[1] * (gates.dim() - 1), repeats)
 
 
+def alive_values(token: Tensor, segment: Tensor, width: int, layout: str) -> Tensor:
+    """Which values of prompts take part, given their gates (M,) and (M, R): a boolean tensor (M, D)."""
+    return expand_segments(segment * token[:, None], width, layout) != 0
+
+
 def _draw(shape: tuple[int, ...], scheme: str, fan_in: int, xavier_fans: int, generator: Any) -> Tensor:
     """Draws initial prompts; see `E2VPTConfig.visual_prompt_init` for the bounds."""
     values = torch.empty(shape, device="cpu", dtype=torch.float32)
@@ -292,8 +297,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def alive(self, adapter_name: str) -> Tensor:
         """Which values of the visual prompts of an adapter take part: a boolean tensor (M, D)."""
         config, prompts = self.e2vpt_config[adapter_name], self.e2vpt_visual_prompts[adapter_name]
-        segment = self.e2vpt_segment_gates[adapter_name] * self.e2vpt_token_gates[adapter_name][:, None]
-        return expand_segments(segment, prompts.shape[-1], config.segment_layout) != 0
+        token, segment = self.e2vpt_token_gates[adapter_name], self.e2vpt_segment_gates[adapter_name]
+        return alive_values(token, segment, prompts.shape[-1], config.segment_layout)
 
     @torch.no_grad()
     def clear_pruned_values(self, adapter_name: str) -> None:

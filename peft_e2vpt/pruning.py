@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .importance import ImportanceScores, reshard, visual_prompt_layers
+from .container import reshard, visual_prompt_layers
+from .importance import ImportanceScores
 
 
 MIN_TOKENS = 1
@@ -36,10 +37,15 @@ class Gates:
         token = self.token * other.token.to(self.token)
         return Gates(token, self.segment * other.segment.to(self.segment) * (token != 0)[..., None])
 
+    def of_layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """The gates (M,) and (M, R) of one prompted layer."""
+        row = index if len(self.token) > 1 else 0
+        return self.token[row], self.segment[row]
+
     def num_values(self, widths: Sequence[int]) -> int:
         """Prompt values that stay, given the width D of every prompted layer."""
-        alive = self.segment.sum(dim=(1, 2))
-        return sum(int(alive[i if len(alive) > 1 else 0]) * w // self.segment.shape[-1] for i, w in enumerate(widths))
+        num_segments = self.segment.shape[-1]
+        return sum(int(self.of_layer(i)[1].sum()) * width // num_segments for i, width in enumerate(widths))
 
 
 def number_to_prune(count: int, amount: float | int, minimum: int) -> int:
@@ -153,5 +159,4 @@ def apply_gates(model: nn.Module, gates: Gates, adapter_name: str | None = None)
     if len(gates.token) not in (1, len(layers)):
         raise ValueError(f"The model has {len(layers)} prompted layers, but the gates are for {len(gates.token)}.")
     for i, layer in enumerate(layers):
-        row = i if len(gates.token) > 1 else 0
-        layer.set_gates(adapter_name, gates.token[row], gates.segment[row])
+        layer.set_gates(adapter_name, *gates.of_layer(i))

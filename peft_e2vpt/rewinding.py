@@ -9,8 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .container import prompt_layers
-from .importance import reshard
+from .container import prompt_layers, reshard
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import extract_model_from_parallel, send_to_device
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from .importance import ImportanceScores, active_prompt_layers, batches, gates_on, no_trace, sum_over_processes
+from .importance import ImportanceScores
 from .layer import GateOverride
+from .measuring import active_prompt_layers, batches, gates_on, no_trace, sum_over_processes
 from .pruning import MIN_SEGMENTS, MIN_TOKENS, Gates, prune
 
 
@@ -143,33 +144,32 @@ def search_pruning(
     if len(scores.token) not in (1, len(layers)):
         raise ValueError(f"The model has {len(layers)} prompted layers, but the scores are for {len(scores.token)}.")
     config = layers[0].e2vpt_config[adapter_name]
-    removes, shallow = config.pruned_prompts == "remove", config.visual_prompt_mode == "shallow"
-    on = "attention" if removes and not shallow else "embedding"
+    removes = config.pruned_prompts == "remove"
+    leave_sequence = removes and config.visual_prompt_mode == "shallow"  # for all samples of a batch or for none
+    on = "attention" if removes and not leave_sequence else "embedding"
     device = layers[0].e2vpt_visual_prompts[adapter_name].device
     widths = [layer.site.width for layer in layers]
     bounds = {"min_tokens": min_tokens, "min_segments": min_segments}
     candidates, gates = _distinct_candidates(scores, token_ratios, segment_ratios, widths, bounds)
-    token = torch.stack([g.token for g in gates]).float().to(device)  # (candidates, L, M)
-    segment = torch.stack([g.segment for g in gates]).float().to(device)
+    # of every layer, also where all have the same: (candidates, layers, M) and (candidates, layers, M, R)
+    token = torch.stack([g.token for g in gates]).float().to(device).expand(-1, len(layers), -1)
+    segment = torch.stack([g.segment for g in gates]).float().to(device).expand(-1, len(layers), -1, -1)
     totals = torch.zeros(len(candidates) + 1, dtype=torch.float64)  # the last one counts samples
     with no_trace(model, dataloader, seed), gates_on(on, layers):
         try:
-            for batch in batches(dataloader, None, "Comparing prunings"):
-                batch = send_to_device(dict(batch), device)
-                size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+            for batch, size in batches(dataloader, device, "Comparing prunings"):
                 group = max(max_rows // size, 1)
-                for start, stop in _runs(token, group, alike=removes and shallow):
+                for start, stop in _runs(token, group, alike=leave_sequence):
                     copies = {
                         name: torch.cat([value] * (stop - start)) if isinstance(value, Tensor) else value
                         for name, value in batch.items()
                     }
-                    if removes and shallow:  # tokens of the sequence leave it for all samples or for none
+                    if leave_sequence:
                         layers[0].e2vpt_kept_tokens[adapter_name] = token[start, 0].nonzero().flatten()
                     for i, layer in enumerate(layers):
-                        row = i if len(scores.token) > 1 else 0
                         layer.gate_override = GateOverride(
-                            token[start:stop, row].repeat_interleave(size, dim=0),
-                            segment[start:stop, row].repeat_interleave(size, dim=0),
+                            token[start:stop, i].repeat_interleave(size, dim=0),
+                            segment[start:stop, i].repeat_interleave(size, dim=0),
                             on,
                         )
                     measured = quality(model(**copies), copies)

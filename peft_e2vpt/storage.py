@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .config import E2VPTConfig
 from .container import prompt_layers
-from .layer import expand_segments
+from .layer import alive_values
 
 
 def without_pruned_values(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ def _spread(
 ) -> Tensor:
     token = given[name.replace("visual_prompts", "token_gates")]
     segment = given[name.replace("visual_prompts", "segment_gates")]
-    alive = expand_segments(segment * token[:, None], live.shape[-1], config.segment_layout) != 0
+    alive = alive_values(token, segment, live.shape[-1], config.segment_layout)
     if alive.shape != live.shape or int(alive.sum()) != values.numel():
         raise ValueError(
             f"The adapter's tensor {name} holds {values.numel()} values, but its gates keep {int(alive.sum())}: "
