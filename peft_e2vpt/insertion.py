@@ -62,7 +62,8 @@ class ShallowInsertion:
             handle.remove()
 
     def _is_active(self) -> bool:
-        return not self.layer.disable_adapters and self.adapter_name in self.layer.active_adapters
+        layer = self.layer
+        return not layer.disable_adapters and layer.mixed_batch is None and self.adapter_name in layer.active_adapters
 
     def _insert(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._is_active():

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .attention import Rows, attach, detach, eager_attention_of
 from .backbones import AttentionSite
+from .combining import MixedBatch, one_per_sample, side_by_side
 from .config import E2VPTConfig
+from .merging import Sources
 
 
 @dataclass
@@ -58,6 +60,7 @@ def _draw(shape: tuple[int, ...], scheme: str, fan_in: int, xavier_fans: int, ge
 
 def _refresh_after_load(layer: E2VPTLayer, incompatible_keys: Any) -> None:
     layer.refresh_kept_tokens()
+    layer.refresh_merged_rows()
 
 
 class E2VPTLayer(nn.Module, BaseTunerLayer):
@@ -65,7 +68,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     The layer stands beside the model, not around its attention: the attention module keeps its class and its path, and
     pulls its rows from here when it runs. Tensors per adapter: `e2vpt_visual_prompts` (M, D), `e2vpt_kv_prompts`
-    (1 or 2, H, n, d), and, as persistent buffers, `e2vpt_token_gates` (M,) and `e2vpt_segment_gates` (M, R).
+    (1 or 2, H, n, d), and, as persistent buffers, `e2vpt_token_gates` (M,) and `e2vpt_segment_gates` (M, R); of a
+    merged adapter also `e2vpt_merged_rows` (2, 1, H, P, d), its keys and values, a buffer that is not saved.
 
     Args:
         site: the self-attention and the block around it.
@@ -77,6 +81,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         "e2vpt_token_gates",
         "e2vpt_segment_gates",
         "e2vpt_kept_tokens",
+        "e2vpt_merged_rows",
         "e2vpt_kv_source",
         "e2vpt_config",
     )
@@ -97,11 +102,13 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.e2vpt_token_gates = BufferDict(persistent=True)
         self.e2vpt_segment_gates = BufferDict(persistent=True)
         self.e2vpt_kept_tokens = BufferDict(persistent=False)
+        self.e2vpt_merged_rows = BufferDict(persistent=False)
         self.e2vpt_kv_source: dict[str, tuple[E2VPTLayer]] = {}
         self.e2vpt_config: dict[str, E2VPTConfig] = {}
         self.gate_override: GateOverride | None = None
-        self.merged_adapters: list[str] = []
+        self.mixed_batch: MixedBatch | None = None
         self.num_samples: int | None = None
+        self._merged_from: Sources | None = None
         self.register_load_state_dict_post_hook(_refresh_after_load)
         self._handles: list[Any] = []
         if site.backbone.windows:
@@ -116,8 +123,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             handle.remove()
 
     def _count_samples(self, block: nn.Module, args: tuple[Any, ...]) -> None:
-        """Notes how many samples a windowed block sees, before they are cut into windows, for per-sample dropout."""
-        if self.training:
+        """Notes how many samples a windowed block sees before they are cut into windows, where samples differ."""
+        if self.training or self.mixed_batch is not None:
             self.num_samples = args[0].shape[0]
 
     # ------------------------------------------------------------------------------------------------ PEFT's contract
@@ -197,44 +204,66 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return None
-        before: list[tuple[Tensor, Tensor]] = []
-        behind: list[tuple[Tensor, Tensor]] = []
-        bias = None
-        for adapter_name in self.active_adapters:
-            config = self.e2vpt_config.get(adapter_name)
-            if config is None:
-                continue
-            if config.visual_prompt_mode == "deep" and adapter_name in self.e2vpt_visual_prompts:
-                num_samples = num_sequences if self.num_samples is None else self.num_samples
-                prompts, bias = self.visual_prompts(adapter_name, num_samples)
-                before.append(self.site.project(prompts, dtype))
-            kv_prompts = self.kv_prompts(adapter_name)
-            if kv_prompts is not None:
-                place = behind if config.kv_prompt_position == "after" else before
-                place.append((kv_prompts[:1].to(dtype), kv_prompts[-1:].to(dtype)))
-        if not before and not behind:
-            return None
-        num_behind = sum(key.shape[2] for key, _ in behind)
-        key, value = (self._stack(parts) for parts in zip(*before, *behind, strict=True))
-        if bias is not None:
-            bias = F.pad(bias, (0, key.shape[2] - bias.shape[1]))
-        return Rows(key, value, num_behind, bias)
+        if not torch.compiler.is_compiling():
+            self.refresh_merged_rows()
+        num_samples = num_sequences if self.num_samples is None else self.num_samples
+        if self.mixed_batch is None:
+            return side_by_side([p for name in self.active_adapters for p in self._parts(name, num_samples, dtype)])
+        names, choice = self.mixed_batch
+        if len(choice) != num_samples:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(choice)} and {num_samples} respectively."
+            )
+        return one_per_sample([side_by_side(self._parts(name, num_samples, dtype)) for name in names], choice)
 
-    @staticmethod
-    def _stack(parts: tuple[Tensor, ...]) -> Tensor:
-        """Joins parts (1 or B, H, P_i, d) to (B, H, P, d)."""
-        if len(parts) == 1:
-            return parts[0]
-        batch = max(part.shape[0] for part in parts)
-        dtype = parts[-1].dtype
-        return torch.cat([part.to(dtype).expand(batch, -1, -1, -1) for part in parts], dim=2)
+    def _parts(self, adapter_name: str, num_samples: int | None, dtype: torch.dtype) -> list[Rows]:
+        """The rows of an adapter: the constants of a merged one, or those of visual and of key-value prompts."""
+        config = self.e2vpt_config.get(adapter_name)
+        if config is None:
+            return []
+        if adapter_name in self.e2vpt_merged_rows and not self.training and self.gate_override is None:
+            key, value = self.e2vpt_merged_rows[adapter_name].unbind()
+            return [Rows(key, value, self._num_behind(adapter_name))]
+        return self._computed_parts(adapter_name, num_samples, dtype)
 
-    def visual_prompts(self, adapter_name: str, num_samples: int) -> tuple[Tensor, Tensor | None]:
+    def _computed_parts(self, adapter_name: str, num_samples: int | None, dtype: torch.dtype) -> list[Rows]:
+        parts = []
+        if self._has_visual_rows(adapter_name):
+            prompts, bias = self.visual_prompts(adapter_name, num_samples)
+            parts.append(Rows(*self.site.project(prompts, dtype), score_bias=bias))
+        kv_prompts = self.kv_prompts(adapter_name)
+        if kv_prompts is not None:
+            key, value = kv_prompts[:1].to(dtype), kv_prompts[-1:].to(dtype)
+            parts.append(Rows(key, value, self._num_behind(adapter_name)))
+        return parts
+
+    def _has_visual_rows(self, adapter_name: str) -> bool:
+        deep = self.e2vpt_config[adapter_name].visual_prompt_mode == "deep"
+        return deep and adapter_name in self.e2vpt_visual_prompts
+
+    def _num_behind(self, adapter_name: str) -> int:
+        kv_prompts = self.kv_prompts(adapter_name)
+        behind = self.e2vpt_config[adapter_name].kv_prompt_position == "after"
+        return kv_prompts.shape[2] if behind and kv_prompts is not None else 0
+
+    def num_rows(self, adapter_name: str) -> int:
+        """P, how many rows an adapter gives to this attention; 0 where it has no part in it."""
+        if adapter_name not in self.e2vpt_config:
+            return 0
+        num_rows = 0
+        if self._has_visual_rows(adapter_name):
+            kept = self.e2vpt_kept_tokens
+            num_rows = len((kept if adapter_name in kept else self.e2vpt_visual_prompts)[adapter_name])
+        kv_prompts = self.kv_prompts(adapter_name)
+        return num_rows if kv_prompts is None else num_rows + kv_prompts.shape[2]
+
+    def visual_prompts(self, adapter_name: str, num_samples: int | None) -> tuple[Tensor, Tensor | None]:
         """Applies gates and dropout to the visual prompts of an adapter.
 
         Args:
             adapter_name: name of the adapter.
-            num_samples: B, the samples of the batch.
+            num_samples: B, the samples of the batch, each with a dropout of its own; `None` drops nothing.
 
         Returns:
             Prompts (1 or B, M', D) without those removed, and the logarithm of their gates (B, M') where token gates
@@ -258,7 +287,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             kept = self.e2vpt_kept_tokens[adapter_name]
             prompts = prompts.index_select(1, kept)
             bias = None if bias is None else bias.index_select(1, kept)
-        if self.training and config.visual_prompt_dropout:
+        if self.training and num_samples is not None and config.visual_prompt_dropout:
             prompts = F.dropout(prompts.expand(num_samples, -1, -1), config.visual_prompt_dropout)
         return prompts, bias
 
@@ -267,6 +296,68 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.e2vpt_kv_source:
             return self.e2vpt_kv_source[adapter_name][0].kv_prompts(adapter_name)
         return self.e2vpt_kv_prompts[adapter_name] if adapter_name in self.e2vpt_kv_prompts else None
+
+    # --------------------------------------------------------------------------------------------- rows as constants
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters whose rows are constants."""
+        return list(self.e2vpt_merged_rows.keys())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Computes the rows of adapters once; in eval mode they are constants from now on.
+
+        Constants follow their prompts: when a tensor that they were computed from is written to or replaced, they are
+        computed anew. In training mode, and while gates are measured, rows are computed from the prompts as ever.
+
+        Args:
+            safe_merge: whether to check for infinite values and NaNs.
+            adapter_names: adapters of the layer, by default the active ones.
+
+        Raises:
+            ValueError: a check was asked for and failed.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name in self.e2vpt_config:
+                rows = self.computed_rows(adapter_name)
+                if safe_merge and not rows.isfinite().all():
+                    raise ValueError(
+                        f"NaNs detected in the merged rows of {self.site.name}. The adapter {adapter_name} seems to "
+                        "be broken."
+                    )
+                self.e2vpt_merged_rows[adapter_name] = rows
+        self._note_sources()
+
+    def unmerge(self) -> None:
+        """Computes the rows of all adapters anew in every forward pass, as before `merge`."""
+        self.e2vpt_merged_rows.clear()
+        self._merged_from = None
+
+    def computed_rows(self, adapter_name: str) -> Tensor:
+        """The rows of an adapter without dropout and gradient: keys and values, a tensor (2, 1, H, P, d)."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.site.attention)
+        with torch.inference_mode(False), torch.no_grad():
+            rows = side_by_side(self._computed_parts(adapter_name, None, dtype or torch.get_default_dtype()))
+            assert rows is not None  # an adapter in deep mode has rows
+            return torch.stack([rows.key, rows.value])
+
+    def refresh_merged_rows(self) -> None:
+        """Computes constants anew where what they were computed from has changed."""
+        if self._merged_from is not None and not self._merged_from.unchanged():
+            for adapter_name in self.merged_adapters:
+                self.e2vpt_merged_rows[adapter_name] = self.computed_rows(adapter_name)
+            self._note_sources()
+
+    def _note_sources(self) -> None:
+        lenders = [layer for (layer,) in self.e2vpt_kv_source.values()]
+        modules = [self, *lenders, self.site.attention, getattr(self.site.block, self.site.backbone.norm)]
+        self._merged_from = Sources(part for module in modules for part in module.modules())
+
+    def train(self, mode: bool = True) -> E2VPTLayer:
+        """Sets training or eval mode; compiled programs, which do not look for changes, find them made here."""
+        super().train(mode)
+        if not mode:
+            self.refresh_merged_rows()
+        return self
 
     # ------------------------------------------------------------------------------------------------------ the gates
     def set_gates(self, adapter_name: str, token: Tensor, segment: Tensor) -> None:
@@ -293,6 +384,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             stored.copy_(gates)
         self.clear_pruned_values(adapter_name)
         self.refresh_kept_tokens()
+        self.refresh_merged_rows()
 
     def alive(self, adapter_name: str) -> Tensor:
         """Which values of the visual prompts of an adapter take part: a boolean tensor (M, D)."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +19,11 @@ from .config import E2VPTConfig
 from .container import CONTAINER, PromptLayers
 from .insertion import ShallowInsertion
 from .layer import E2VPTLayer
+from .mixed_batch import BASE, one_adapter_per_sample
 from .storage import fit_to_model, without_pruned_values
 from .summary import PromptSummary, summarise
 from .targets import check_modules_to_save, check_sites, find_targets, matches
+from .weighted import combine, combined_config
 
 
 def _cast_to_weight(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -134,12 +136,28 @@ class E2VPTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:  # PEFT would drop it silently
-            raise ValueError(
-                "adapter_names, one adapter per sample, is not supported by E2VPT: run one forward per adapter, after "
-                "model.set_adapter(name)."
-            )
-        yield
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if not isinstance(adapter_names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+        unknown = set(adapter_names) - self.peft_config.keys() - {BASE}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        self._refuse_shallow(set(adapter_names) - {BASE}, "be one of several in a batch")
+        with one_adapter_per_sample(self.model, list(adapter_names)):
+            yield
+
+    def _refuse_shallow(self, adapter_names: Iterable[str], purpose: str) -> None:
+        for name in adapter_names:
+            if self.peft_config[name].visual_prompt_mode == "shallow":
+                raise ValueError(
+                    f"The adapter {name!r} has visual_prompt_mode='shallow': its prompts are tokens of the sequence, "
+                    f"not rows of each attention, so it cannot {purpose}. Only adapters in 'deep' mode can."
+                )
 
     # ------------------------------------------------------------------------------------------------------- counting
     def prompt_summary(self, adapter_name: str | None = None) -> PromptSummary:
@@ -150,16 +168,75 @@ class E2VPTModel(BaseTuner):
         """Prints, per layer, the prompts and segments alive and their values, and the tuned percentage."""
         print(self.prompt_summary(adapter_name))
 
-    # ------------------------------------------------------------------------------------------------ giving back
-    def _check_merge_allowed(self) -> None:
-        raise NotImplementedError(
-            "E2VPT adds key and value rows to every attention, which no plain weights can express, so it cannot be "
-            "merged into them. Keep the adapter, or use model.unload() for the base model without it."
-        )
+    # ------------------------------------------------------------------------------------- merging and combining rows
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Turns the rows of adapters into constants: in eval mode no norm and no projection runs for prompts.
 
+        The model gives the same outputs as before and stays a PeftModel; which adapter is active does not change.
+        Constants follow changes of the prompts, their gates, and the norms and projections they come through; no
+        gradient reaches the prompts in eval mode. They are not saved. `unmerge_adapter` undoes it, and so does, with
+        PEFT's warning, adding or activating an adapter.
+
+        Args:
+            adapter_names: adapters in deep mode; by default the active ones.
+            safe_merge: whether to check the rows for infinite values and NaNs.
+
+        Raises:
+            ValueError: an adapter does not exist, is in shallow mode, or has rows that are not finite.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if not isinstance(names, str):  # PEFT says what is wrong with a string
+            self._check_names(names)
+            self._refuse_shallow(names, "be merged")
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_names(self, adapter_names: list[str]) -> None:
+        for name in adapter_names:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} does not exist; the model has {', '.join(self.peft_config)}.")
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Adds an adapter whose rows are weighted sums of the rows of others.
+
+        In every attention, row k of the new adapter is `K_k = sum_i w_i K_k^(i)`, `V_k = sum_i w_i V_k^(i)`, with the
+        key and value rows of adapter i, those of its visual prompts first and its key-value prompts after them. The
+        sum is exact in the rows; prompts themselves cannot be summed, because a norm stands between them and their
+        rows. So the new adapter has key-value prompts only, apart for keys and values. Its heads are the same sums of
+        the heads, `W = sum_i w_i W^(i)`. Row is added to row by its number, so this is for adapters that started from
+        the same prompts. The new adapter is not made the active one.
+
+        Args:
+            adapters: names of adapters in deep mode.
+            weights: w, one per adapter, of any sign.
+            adapter_name: name of the new adapter.
+
+        Raises:
+            ValueError: a name or number of weights is wrong, an adapter is in shallow mode, or the adapters differ in
+                the attentions they adapt, their numbers of rows, or their heads.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"add_weighted_adapter needs one weight per adapter, got {len(adapters)} adapters and {len(weights)} "
+                "weights."
+            )
+        self._check_names(adapters)
+        self._refuse_shallow(adapters, "be combined with others")
+        config = combined_config(self.model, [self.peft_config[name] for name in adapters], adapters)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        self._cast_adapter_dtype(adapter_name)
+        combine(self.model, adapters, weights, adapter_name)
+
+    # ------------------------------------------------------------------------------------------------ giving back
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
-            self._check_merge_allowed()
+            raise NotImplementedError(
+                "E2VPT adds key and value rows to every attention, which no plain weights can express, so it cannot "
+                "be merged into them. model.merge_adapter() turns the rows into constants and keeps the PeftModel; "
+                "model.unload() gives the base model without the adapter."
+            )
         self._restore_base_model()
         model: nn.Module = self.model
         return model

@@ -260,19 +260,12 @@ def test_adapting_an_adapted_model_is_refused_and_leaves_it_as_it_was():
     assert torch.equal(predict(model, inputs), logits)
 
 
-@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
-def test_merging_is_refused_with_the_way_out(merge):
+def test_merging_into_plain_weights_is_refused_with_the_ways_out():
     model, inputs = adapt()
     before, logits = state_of(model), predict(model, inputs)
-    with pytest.raises(NotImplementedError, match=r"cannot be merged.*unload\(\)"):
-        getattr(model, merge)()
+    with pytest.raises(NotImplementedError, match=r"cannot be merged.*merge_adapter\(\).*unload\(\)"):
+        model.merge_and_unload()
     assert state_of(model) == before and torch.equal(predict(model, inputs), logits)
-
-
-def test_one_adapter_per_sample_is_refused():
-    model, inputs = adapt()
-    with pytest.raises(ValueError, match="adapter_names.*set_adapter"):
-        model(**inputs, adapter_names=["default", "default"])
 
 
 # ----------------------------------------------------------------------------------------------------------- switching
