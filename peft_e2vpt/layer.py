@@ -332,13 +332,13 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.e2vpt_merged_rows.clear()
         self._merged_from = None
 
+    @torch.no_grad()
     def computed_rows(self, adapter_name: str) -> Tensor:
         """The rows of an adapter without dropout and gradient: keys and values, a tensor (2, 1, H, P, d)."""
         _, dtype = self._get_base_layer_device_and_dtype(self.site.attention)
-        with torch.inference_mode(False), torch.no_grad():
-            rows = side_by_side(self._computed_parts(adapter_name, None, dtype or torch.get_default_dtype()))
-            assert rows is not None  # an adapter in deep mode has rows
-            return torch.stack([rows.key, rows.value])
+        rows = side_by_side(self._computed_parts(adapter_name, None, dtype or torch.get_default_dtype()))
+        assert rows is not None  # an adapter in deep mode has rows
+        return torch.stack([rows.key, rows.value])
 
     def refresh_merged_rows(self) -> None:
         """Computes constants anew where what they were computed from has changed."""

@@ -41,8 +41,6 @@ def _choose_heads(path: str, head: ModulesToSaveWrapper, adapter_names: list[str
     """Lets PEFT's wrapper give every sample the head of its adapter, or the original one where that has none."""
     names = [name if name in head.modules_to_save else BASE for name in adapter_names]
     _check_sizes(path, head, set(names))
-    stack.callback(setattr, head, "_active_adapter", head._active_adapter)
-    head._active_adapter = []  # the wrapper ignores adapter_names where the active adapter has no such head
     hook = head.register_forward_pre_hook(partial(_with_adapter_names, adapter_names=names), with_kwargs=True)
     stack.callback(hook.remove)
 

@@ -2,6 +2,7 @@
 """Settings of the whole test run: no network, one thread, one seed per test."""
 
 import os
+from collections.abc import Iterator
 
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
@@ -14,3 +15,10 @@ import torch  # noqa: E402
 def one_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

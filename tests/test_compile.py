@@ -44,13 +44,6 @@ def used(model: nn.Module, inputs: dict[str, Tensor]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ compiled
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize("case", ["vit", "swin", "shallow"])
 def test_the_compiled_model_gives_the_numbers_of_the_eager_one(case, fresh_compiler):
     name, settings = CASES[case]
