@@ -200,11 +200,15 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             dtype: type of the attention's keys.
 
         Returns:
-            The rows of all active adapters, or `None` where there are none.
+            The rows of all active adapters, in a mixed batch those of every sample's own adapter, or `None` where
+            there are none.
+
+        Raises:
+            ValueError: a mixed batch has more or fewer adapter names than samples.
         """
         if self.disable_adapters:
             return None
-        if not torch.compiler.is_compiling():
+        if self._may_be_constant() and not torch.compiler.is_compiling():
             self.refresh_merged_rows()
         num_samples = num_sequences if self.num_samples is None else self.num_samples
         if self.mixed_batch is None:
@@ -219,13 +223,15 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def _parts(self, adapter_name: str, num_samples: int | None, dtype: torch.dtype) -> list[Rows]:
         """The rows of an adapter: the constants of a merged one, or those of visual and of key-value prompts."""
-        config = self.e2vpt_config.get(adapter_name)
-        if config is None:
+        if adapter_name not in self.e2vpt_config:
             return []
-        if adapter_name in self.e2vpt_merged_rows and not self.training and self.gate_override is None:
+        if adapter_name in self.e2vpt_merged_rows and self._may_be_constant():
             key, value = self.e2vpt_merged_rows[adapter_name].unbind()
             return [Rows(key, value, self._num_behind(adapter_name))]
         return self._computed_parts(adapter_name, num_samples, dtype)
+
+    def _may_be_constant(self) -> bool:
+        return not self.training and self.gate_override is None
 
     def _computed_parts(self, adapter_name: str, num_samples: int | None, dtype: torch.dtype) -> list[Rows]:
         parts = []
@@ -308,6 +314,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
         Constants follow their prompts: when a tensor that they were computed from is written to or replaced, they are
         computed anew. In training mode, and while gates are measured, rows are computed from the prompts as ever.
+        What nothing notices: writing through `.data` in eval mode, and, in a compiled program, writing in eval mode
+        without `load_state_dict` or `set_gates`; unmerge before and merge after that.
 
         Args:
             safe_merge: whether to check for infinite values and NaNs.
@@ -343,9 +351,12 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def refresh_merged_rows(self) -> None:
         """Computes constants anew where what they were computed from has changed."""
         if self._merged_from is not None and not self._merged_from.unchanged():
-            for adapter_name in self.merged_adapters:
-                self.e2vpt_merged_rows[adapter_name] = self.computed_rows(adapter_name)
-            self._note_sources()
+            self._recompute_merged_rows()
+
+    def _recompute_merged_rows(self) -> None:
+        for adapter_name in self.merged_adapters:
+            self.e2vpt_merged_rows[adapter_name] = self.computed_rows(adapter_name)
+        self._note_sources()
 
     def _note_sources(self) -> None:
         lenders = [layer for (layer,) in self.e2vpt_kv_source.values()]
@@ -353,10 +364,14 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self._merged_from = Sources(part for module in modules for part in module.modules())
 
     def train(self, mode: bool = True) -> E2VPTLayer:
-        """Sets training or eval mode; compiled programs, which do not look for changes, find them made here."""
+        """Sets training or eval mode; after training, constants are computed anew.
+
+        A compiled program does not look for changes, and an optimizer may write in a way that torch does not count.
+        """
+        trained = self.training and not mode
         super().train(mode)
-        if not mode:
-            self.refresh_merged_rows()
+        if trained and self.merged:
+            self._recompute_merged_rows()
         return self
 
     # ------------------------------------------------------------------------------------------------------ the gates

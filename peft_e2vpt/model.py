@@ -173,9 +173,9 @@ class E2VPTModel(BaseTuner):
         """Turns the rows of adapters into constants: in eval mode no norm and no projection runs for prompts.
 
         The model gives the same outputs as before and stays a PeftModel; which adapter is active does not change.
-        Constants follow changes of the prompts, their gates, and the norms and projections they come through; no
-        gradient reaches the prompts in eval mode. They are not saved. `unmerge_adapter` undoes it, and so does, with
-        PEFT's warning, adding or activating an adapter.
+        Constants follow changes of the prompts, their gates, and the norms and projections they come through (see
+        `E2VPTLayer.merge`). No gradient reaches the prompts in eval mode. Constants are not saved. `unmerge_adapter`
+        undoes it, and so does, with PEFT's warning, adding or activating an adapter.
 
         Args:
             adapter_names: adapters in deep mode; by default the active ones.

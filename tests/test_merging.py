@@ -220,6 +220,14 @@ def training_step(model: PeftModel, folder: Path) -> None:
     model.eval()
 
 
+def training_step_behind_autograd(model: PeftModel, folder: Path) -> None:
+    """As some optimizers do: torch does not count what is written through `.data`."""
+    model.train()
+    for _, parameter in trainable(model):
+        parameter.data.add_(0.5)
+    model.eval()
+
+
 @torch.no_grad()
 def rewound(model: PeftModel, folder: Path) -> None:
     rewind(model, {name: torch.ones_like(tensor) for name, tensor in trained_tensors(model).items()})
@@ -234,6 +242,7 @@ CHANGES: dict[str, Callable[[PeftModel, Path], Any]] = {
     "projection replaced": other_projection,
     "pruned": lambda model, folder: prune(model),
     "trained": training_step,
+    "trained behind autograd": training_step_behind_autograd,
     "rewound": rewound,
     "in float64": lambda model, folder: model.double(),
     "in bfloat16": lambda model, folder: model.bfloat16(),
@@ -270,6 +279,15 @@ def test_training_and_scoring_use_the_prompts_themselves(name):
     for key, gradient in gradients(model.train(), inputs).items():
         assert torch.equal(gradient, expected[key]), key
     assert torch.equal(score_prompts(model, [batch]).token, scores.token)
+
+
+def test_scoring_after_a_change_leaves_the_constants_right():
+    model, inputs = adapt()
+    model.merge_adapter()
+    trained(model)
+    score_prompts(model, [{**inputs, "labels": torch.tensor([0, 3])}])
+    found = predict(model, inputs)
+    assert torch.equal(found, unmerged(model, inputs))
 
 
 def test_merging_in_training_mode_merges_without_dropout():
