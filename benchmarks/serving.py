@@ -24,7 +24,7 @@ from peft_e2vpt import E2VPTConfig
 from peft_e2vpt.container import prompt_layers
 
 
-REFERENCE = "one adapter"
+REFERENCE = "1 active"
 
 
 def add_adapters(model: PeftModel, prefix: str, count: int, *, pruned: bool = False) -> list[str]:
@@ -75,7 +75,7 @@ def main() -> None:
     pixels = make_batch(args.batch_size, args.image_size)["pixel_values"]
     runs = {REFERENCE: forward_pass(model, pixels, None)}
     for count in (1, 8, args.batch_size):
-        runs[f"{count} in batch"] = forward_pass(model, pixels, plain[:count])
+        runs[f"{count} mixed"] = forward_pass(model, pixels, plain[:count])
     runs[f"{args.batch_size} unequal"] = forward_pass(model, pixels, unequal)
     runs[f"{args.batch_size} merged"] = forward_pass(model, pixels, merged)
     print_ratios(f"Forward pass, batch {args.batch_size}", take_turns(runs, args.rounds), REFERENCE)
