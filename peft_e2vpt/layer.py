@@ -314,8 +314,9 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
         Constants follow their prompts: when a tensor that they were computed from is written to or replaced, they are
         computed anew. In training mode, and while gates are measured, rows are computed from the prompts as ever.
-        What nothing notices: writing through `.data` in eval mode, and, in a compiled program, writing in eval mode
-        without `load_state_dict` or `set_gates`; unmerge before and merge after that.
+        What nothing notices: writing through `.data` in eval mode; switching a LoRA on the projections on or off; and,
+        in a compiled program, writing in eval mode without `load_state_dict` or `set_gates`. Unmerge before and merge
+        after that.
 
         Args:
             safe_merge: whether to check for infinite values and NaNs.
