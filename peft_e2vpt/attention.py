@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 class RowOwner(Protocol):
     """Whoever gives an attention its rows."""
 
-    eager_attention: AttentionFunction
+    eager_attention: AttentionFunction | None
 
     def rows(self, num_sequences: int, dtype: torch.dtype) -> Rows | None:
         """The rows for a batch of `num_sequences` token sequences; `None` leaves the attention as it is."""
@@ -78,12 +78,6 @@ class ModuleView:
         return getattr(self._module, name)
 
 
-def owner_of(attention: Any) -> RowOwner | None:
-    """Returns whoever gives `attention` its rows, or `None` where it is not adapted."""
-    config = attention.config
-    return config.__dict__["_e2vpt_owner"] if isinstance(config, ConfigView) else None
-
-
 def attach(attention: Any, owner: RowOwner) -> None:
     """Lets `owner` give rows to every later call of `attention`."""
     detach(attention)
@@ -92,28 +86,30 @@ def attach(attention: Any, owner: RowOwner) -> None:
 
 def detach(attention: Any) -> None:
     """Gives `attention` the config object back that it had before `attach`."""
-    if isinstance(attention.config, ConfigView):
-        attention.config = attention.config.__dict__["_e2vpt_source"]
+    attention.config = config_of(attention)
 
 
-def eager_attention_of(attention: nn.Module, name: str) -> AttentionFunction:
+def config_of(attention: Any) -> Any:
+    """The model's own config of an attention, adapted or not."""
+    config = attention.config
+    return config.__dict__["_e2vpt_source"] if isinstance(config, ConfigView) else config
+
+
+def eager_attention_of(attention: nn.Module) -> AttentionFunction | None:
     """Finds the eager attention function that the model file of `attention` falls back to.
 
-    Raises:
-        ValueError: the class does not reach its attention through transformers' attention interface.
+    Returns:
+        The function, or `None` where the class does not ask transformers' attention interface for its attention.
     """
     forward = inspect.unwrap(type(attention).forward)
     names = [used for used in forward.__code__.co_names if "eager" in used]
     if "get_interface" not in forward.__code__.co_names or len(names) != 1:
-        raise ValueError(
-            f"{name} ({type(attention).__name__}) computes its attention by itself instead of through transformers' "
-            "attention interface, so no rows can join its keys and values. A newer transformers may help."
-        )
+        return None
     function: AttentionFunction = forward.__globals__[names[0]]
     return function
 
 
-def _per_sequence(rows: Tensor, num_sequences: int) -> Tensor:
+def per_sequence(rows: Tensor, num_sequences: int) -> Tensor:
     """Repeats rows (B, ...) for sequences in the order (sample, window): (num_sequences, ...)."""
     if rows.shape[0] == 1:
         return rows.expand(num_sequences, *rows.shape[1:])
@@ -163,13 +159,32 @@ def _extend_mask(mask: Any, rows: Rows, num_keys: int, dtype: torch.dtype, num_s
         mask = F.pad(mask, (before, behind), value=visible_value(mask))
     if rows.score_bias is None:
         return mask
-    bias = _per_sequence(rows.score_bias.to(dtype), num_sequences)
+    bias = per_sequence(rows.score_bias.to(dtype), num_sequences)
     bias = _beside(bias, bias.new_zeros(num_sequences, num_keys), behind, dim=1)[:, None, None, :]
     if mask is None:
         return bias
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     return mask + bias
+
+
+def join_rows(
+    rows: Rows, key: Tensor, value: Tensor, mask: Any, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Any]:
+    """Puts rows beside keys and values (B, H, N, d), and adds their columns to the mask.
+
+    Args:
+        rows: the rows.
+        key: keys without them.
+        value: values without them.
+        mask: attention mask in one of the forms of `attend_with_rows`.
+        dtype: type of the queries, which an added mask shares.
+    """
+    num_sequences, _, num_keys, _ = key.shape
+    mask = _extend_mask(mask, rows, num_keys, dtype, num_sequences)
+    key = _beside(per_sequence(rows.key.to(key.dtype), num_sequences), key, rows.num_behind, dim=2)
+    value = _beside(per_sequence(rows.value.to(value.dtype), num_sequences), value, rows.num_behind, dim=2)
+    return key, value, mask
 
 
 def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
@@ -206,9 +221,10 @@ def attend_with_rows(
         elif implementation == "sdpa" and attention_mask is None and _is_causal(module, kwargs):
             # sdpa aligns it with the first keys, which are rows now
             attention_mask = torch.ones(num_keys, num_keys, dtype=torch.bool, device=key.device).tril()[None, None]
-        attention_mask = _extend_mask(attention_mask, rows, num_keys, query.dtype, num_sequences)
-        key = _beside(_per_sequence(rows.key.to(key.dtype), num_sequences), key, rows.num_behind, dim=2)
-        value = _beside(_per_sequence(rows.value.to(value.dtype), num_sequences), value, rows.num_behind, dim=2)
+        if kwargs.get("position_bias") is not None:
+            columns = (rows.key.shape[2] - rows.num_behind, rows.num_behind)
+            kwargs["position_bias"] = F.pad(kwargs["position_bias"], columns)
+        key, value, attention_mask = join_rows(rows, key, value, attention_mask, query.dtype)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -7,13 +7,9 @@ key and a value row: `key(norm(prompt))` and `value(norm(prompt))`. Nothing else
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 
 PrefixTokens = int | None | Callable[[Any], int | None]
@@ -24,22 +20,48 @@ class Backbone:
     """One class of self-attention and the block around it.
 
     Attributes:
-        norm: name of the norm before the attention, an attribute of the block: of the nearest ancestor that has it.
+        norm: name of the norm before the attention, an attribute of the attention or of the nearest ancestor that has
+            it; `None` where the block has none (its norm comes after the attention, or is part of the projection).
         key: name of the key projection, an attribute of the attention.
-        value: name of the value projection, an attribute of the attention.
+        value: name of the value projection; the same name where one projection gives both, keys before values.
+        parts: how many of queries, keys and values a common projection gives: 3, or 2 without queries.
+        per_head: whether a common projection has its parts side by side in every head, instead of all heads of a part.
         prefix_tokens: class and register tokens at the front of the sequence, or a function of the model's config that
             counts them; `None` where tokens cannot be inserted into the sequence (windows, relative position bias,
             padding masks).
-        windows: whether the attention sees every image as several windows, in the order (image, window).
+        windows: whether the block gets whole images and the attention sees each as several windows, in the order
+            (image, window).
         head_dim: name of the attribute of the attention that holds the size of a head.
+        heads: name of the attribute that holds the number of heads, for attentions that do not have the former.
+        value_dim: name of the attribute that holds the width of all value heads, where it differs from that of the
+            keys and both come from one projection.
+        key_norm: name of the norm of the projected keys.
+        value_norm: name of the norm of the projected values.
+        value_bias: name of a bias of the values that is kept outside their projection.
+        cosine: whether scores are those of normalised queries and keys.
+        score_bias: what the position bias adds to the score of a token on average, where it is not about 0.
+        where: regular expression that the path of the attention contains.
+
+    A class with several kinds of attention has several lines; the first serves whose `where` and `key` fit, and an
+    attention that none fits is left alone.
     """
 
-    norm: str
+    norm: str | None
     key: str = "k_proj"
     value: str = "v_proj"
+    parts: int = 3
+    per_head: bool = False
     prefix_tokens: PrefixTokens = None
     windows: bool = False
     head_dim: str = "head_dim"
+    heads: str | None = None
+    value_dim: str | None = None
+    key_norm: str | None = None
+    value_norm: str | None = None
+    value_bias: str | None = None
+    cosine: bool = False
+    score_bias: float = 0.0
+    where: str = ""
 
 
 def _class_and_registers(config: Any) -> int:
@@ -51,7 +73,24 @@ def _class_without_bias(config: Any) -> int | None:
     return None if has_bias else 1
 
 
-BACKBONES: dict[str, Backbone] = {
+def _qkv(norm: str | None, heads: str = "num_heads", **others: Any) -> Backbone:
+    """A line for an attention with one projection `qkv` of queries, keys and values."""
+    return Backbone(norm, "qkv", "qkv", heads=heads, **others)
+
+
+def _text(norm: str | None = None) -> Backbone:
+    """A line for a text encoder in the manner of BERT, whose norms come after the attention."""
+    return Backbone(norm, "key", "value", head_dim="attention_head_size")
+
+
+def _named(norm: str | None, **others: Any) -> Backbone:
+    """A line for an attention with projections `key` and `value`."""
+    return Backbone(norm, "key", "value", head_dim="attention_head_size", **others)
+
+
+_SWIN_V2: dict[str, Any] = {"windows": True, "cosine": True, "score_bias": 8.0}  # the bias is 16 sigmoid(.)
+
+BACKBONES: dict[str, Backbone | tuple[Backbone, ...]] = {
     # class of self-attention                block.norm                   tokens before the patches
     "ViTAttention": Backbone("layernorm_before", prefix_tokens=1),
     "ViTMSNAttention": Backbone("layernorm_before", prefix_tokens=1),
@@ -84,135 +123,116 @@ BACKBONES: dict[str, Backbone] = {
     "JanusVisionAttention": Backbone("layer_norm1"),
     "Ovis2VisionAttention": Backbone("rms_norm1"),
     # detection, segmentation, pose
-    "YolosSelfAttention": Backbone("layernorm_before", "key", "value", head_dim="attention_head_size"),
-    "DPTSelfAttention": Backbone("layernorm_before", "key", "value", head_dim="attention_head_size"),
-    "VitPoseBackboneSelfAttention": Backbone("layernorm_before", "key", "value", head_dim="attention_head_size"),
+    "YolosSelfAttention": _named("layernorm_before"),
+    "DPTSelfAttention": _named("layernorm_before"),
+    "VitPoseBackboneSelfAttention": _named("layernorm_before"),
     "EomtAttention": Backbone("norm1"),
     "EomtDinov3Attention": Backbone("norm1"),
     "OwlViTAttention": Backbone("layer_norm1"),
     "Owlv2Attention": Backbone("layer_norm1"),
     "SegformerAttention": Backbone("layernorm_before"),  # rows join after the reduction of keys and values
+    "Sapiens2Attention": Backbone("norm1", key_norm="k_norm"),
+    "Llama4VisionAttention": Backbone("input_layernorm"),
+    "MllamaVisionAttention": Backbone("input_layernorm"),
+    "Gemma4VisionAttention": Backbone("input_layernorm", key_norm="k_norm", value_norm="v_norm"),
+    "InternVLVisionAttention": Backbone("layernorm_before", key_norm="k_norm"),
+    "PixtralAttention": Backbone("attention_norm"),
+    "Phi4MultimodalVisionAttention": Backbone("layer_norm1"),
+    "Pix2StructVisionAttention": Backbone("pre_attention_layer_norm", "key", "value", heads="n_heads"),
+    "Kosmos2_5VisionAttention": Backbone("pre_attention_layer_norm", "key", "value"),
+    "BlipAttention": _qkv("layer_norm1"),
+    "Blip2Attention": _qkv("layer_norm1"),
+    "InstructBlipAttention": _qkv("layer_norm1"),
+    "MgpstrAttention": _qkv("norm1"),
+    "transformers.models.qwen2_vl.modeling_qwen2_vl.VisionAttention": _qkv("norm1"),
+    "Qwen2_5_VLVisionAttention": _qkv("norm1"),
+    "Qwen3VLVisionAttention": _qkv("norm1"),
+    "Glm4vVisionAttention": _qkv("norm1"),
+    "FlavaSelfAttention": _named("layernorm_before"),
+    "ViltSelfAttention": _named("layernorm_before"),
+    "LayoutLMv3SelfAttention": _named(None),
+    "Data2VecVisionSelfAttention": _named("layernorm_before"),
+    "MobileViTSelfAttention": _named("layernorm_before"),
+    "SegGptAttention": _qkv("layernorm_before", "num_attention_heads"),
+    "ImageGPTAttention": Backbone("ln_1", "c_attn", "c_attn", heads="num_heads"),
+    "PerceiverSelfAttention": Backbone("layernorm1", "key", "value", heads="num_heads", where=r"self_attends\."),
+    "GroupViTAttention": Backbone("layer_norm1", where=r"\.self_attn$"),
+    "LevitAttention": Backbone(
+        None,
+        "queries_keys_values",
+        "queries_keys_values",
+        per_head=True,
+        heads="num_attention_heads",
+        value_dim="out_dim_projection",
+    ),
+    "LevitAttentionSubsample": Backbone(
+        None,
+        "keys_values",
+        "keys_values",
+        parts=2,
+        per_head=True,
+        heads="num_attention_heads",
+        value_dim="out_dim_projection",
+    ),
+    # windows
+    "Swinv2SelfAttention": _named(None, **_SWIN_V2),
+    "Swin2SRSelfAttention": _named(None, **_SWIN_V2),
+    "DonutSwinSelfAttention": _named("layernorm_before", windows=True),
+    "MaskFormerSwinSelfAttention": _named("layernorm_before", windows=True),
+    "HieraMaskUnitAttention": _qkv("layernorm_before"),
+    "VitDetAttention": _qkv("norm1", windows=True),
+    "SamVisionAttention": _qkv("layer_norm1", "num_attention_heads", windows=True),
+    "SamHQVisionAttention": _qkv("layer_norm1", "num_attention_heads", windows=True),
+    "GotOcr2VisionAttention": _qkv("layer_norm1", "num_attention_heads", windows=True),
+    "Sam2MultiScaleAttention": _qkv("layer_norm1", "num_attention_heads", windows=True),
+    "Sam3ViTRoPEAttention": Backbone("layer_norm1", windows=True),
+    "RfDetrDinov2Attention": Backbone("norm1"),
+    "LwDetrViTAttention": Backbone("layernorm_before"),
+    "Florence2VisionWindowAttention": _qkv("norm1", windows=True),
+    # keys and values of fewer tokens: rows join after the reduction and do not pass it
+    "PvtEfficientSelfAttention": _named("layer_norm_1"),
+    "PvtV2SelfAttention": _named("layer_norm_1"),
+    "GLPNEfficientSelfAttention": _named("layer_norm_1"),
+    "CvtSelfAttention": Backbone("layernorm_before", "projection_key", "projection_value", heads="num_heads"),
     # video and audio
-    "VideoMAESelfAttention": Backbone("layernorm_before", "key", "value", head_dim="attention_head_size"),
+    "VideoMAESelfAttention": _named("layernorm_before"),
     "VivitAttention": Backbone("layernorm_before"),
     "VideoPrismAttention": Backbone("layernorm_before"),
     "VideomtAttention": Backbone("norm1"),
     "ASTAttention": Backbone("layernorm_before"),
+    "TimesformerSelfAttention": (
+        _qkv("temporal_layernorm", where="temporal_attention"),
+        _qkv("layernorm_before"),
+    ),
+    "VJEPA2RopeAttention": _named("norm1", where=r"(^|\.)encoder\."),  # the predictor takes no part in a classification
+    "XCLIPAttention": (Backbone("message_ln", where=r"message_attn$"), Backbone("layer_norm1")),
+    # timm, through transformers' TimmWrapper
+    "timm.layers.attention.Attention": _qkv("norm1", key_norm="k_norm"),
+    "timm.layers.attention.AttentionRope": (
+        _qkv("norm1", key_norm="k_norm"),
+        Backbone("norm1", key_norm="k_norm"),
+    ),
+    "timm.models.eva.EvaAttention": (
+        _qkv("norm1", key_norm="k_norm", value_bias="v_bias"),
+        Backbone("norm1", key_norm="k_norm"),
+    ),
+    "timm.models.beit.Attention": _qkv("norm1", value_bias="v_bias"),
+    "timm.models.vision_transformer_relpos.RelPosAttention": _qkv("norm1", key_norm="k_norm"),
+    "timm.models.swin_transformer.WindowAttention": _qkv("norm1", windows=True),
+    "timm.models.swin_transformer_v2.WindowAttention": _qkv(None, value_bias="v_bias", **_SWIN_V2),
+    "timm.models.pvt_v2.Attention": Backbone("norm1", "kv", "kv", parts=2, heads="num_heads"),
+    "timm.models.cait.TalkingHeadAttn": _qkv("norm1"),
+    "timm.models.cait.ClassAttn": Backbone("norm1", "k", "v", heads="num_heads"),
+    "timm.models.levit.Attention": _qkv(None, per_head=True, value_dim="val_attn_dim"),
+    "timm.models.levit.AttentionDownsample": Backbone(
+        None, "kv", "kv", parts=2, per_head=True, heads="num_heads", value_dim="val_attn_dim"
+    ),
+    # text encoders, in models without a vision tower
+    "BertSelfAttention": _text(),
+    "RobertaSelfAttention": _text(),
+    "XLMRobertaSelfAttention": _text(),
+    "CamembertSelfAttention": _text(),
+    "ElectraSelfAttention": _text(),
+    "Data2VecTextSelfAttention": _text(),
+    "DistilBertSelfAttention": Backbone(None, "k_lin", "v_lin", heads="n_heads"),
 }
-
-
-@dataclass(eq=False)
-class AttentionSite:
-    """One self-attention of a model, with the block around it.
-
-    Attributes:
-        name: path of the attention in the model.
-        attention: the self-attention module.
-        block: the transformer block that holds norm and attention.
-        backbone: the line of `BACKBONES` that describes both.
-    """
-
-    name: str
-    attention: Any
-    block: Any
-    backbone: Backbone
-
-    @property
-    def width(self) -> int:
-        """D, the width of the tokens that the attention sees."""
-        return int(getattr(self.attention, self.backbone.key).in_features)
-
-    @property
-    def head_dim(self) -> int:
-        """d, the size of one head."""
-        return int(getattr(self.attention, self.backbone.head_dim))
-
-    @property
-    def num_key_value_heads(self) -> int:
-        """H, the heads of keys and values."""
-        return int(getattr(self.attention, self.backbone.key).out_features) // self.head_dim
-
-    @property
-    def patch_area(self) -> int:
-        """p^2, the pixels of a patch; 0 in a text tower."""
-        if not self.is_vision:
-            return 0
-        patch_size = self.attention.config.patch_size
-        return math.prod(patch_size) if isinstance(patch_size, (list, tuple)) else int(patch_size) ** 2
-
-    @property
-    def is_vision(self) -> bool:
-        """Whether the attention belongs to a vision tower."""
-        return hasattr(self.attention.config, "patch_size")
-
-    @property
-    def prefix_tokens(self) -> int | None:
-        """Class and register tokens of the sequence; `None` where tokens cannot be inserted."""
-        if not self.is_vision:  # a causal mask of fixed size
-            return None
-        tokens = self.backbone.prefix_tokens
-        return tokens(self.attention.config) if callable(tokens) else tokens
-
-    def project(self, prompts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Turns prompts (B, M, D) into the key and value rows that inserted tokens would have, each (B, H, M, d).
-
-        Args:
-            prompts: visual prompts.
-            dtype: what the norm is fed with where it has no floating point weight of its own.
-        """
-        norm = getattr(self.block, self.backbone.norm)
-        weight = getattr(norm, "weight", None)
-        hidden = norm(prompts.to(weight.dtype if weight is not None else dtype))
-        shape = (*hidden.shape[:-1], self.num_key_value_heads, self.head_dim)
-        key = getattr(self.attention, self.backbone.key)(hidden).view(shape).transpose(1, 2)
-        value = getattr(self.attention, self.backbone.value)(hidden).view(shape).transpose(1, 2)
-        return key, value
-
-
-def _block_of(modules: dict[str, nn.Module], name: str, norm: str) -> nn.Module:
-    """The nearest ancestor of the module `name` that has the norm."""
-    while name and not hasattr(modules[name], norm):
-        name = name.rpartition(".")[0]
-    return modules[name]
-
-
-def _describe(module: nn.Module) -> Backbone | None:
-    for cls in type(module).__mro__:
-        if cls.__name__ in BACKBONES:
-            return BACKBONES[cls.__name__]
-    return None
-
-
-def find_attention_sites(model: nn.Module) -> list[AttentionSite]:
-    """Lists the self-attentions of `model` that can take prompts: vision towers first, then others, in model order.
-
-    Raises:
-        ValueError: there is none; the message names the attention classes that the model has.
-    """
-    modules = dict(model.named_modules())
-    sites = []
-    for name, module in modules.items():
-        backbone = _describe(module)
-        if backbone is not None:
-            sites.append(AttentionSite(name, module, _block_of(modules, name, backbone.norm), backbone))
-    if not sites:
-        classes = sorted({type(module).__name__ for module in modules.values()})
-        present = [cls for cls in classes if "Attention" in cls]
-        raise ValueError(
-            f"{type(model).__name__} has no self-attention that E2VPT knows (found "
-            f"{', '.join(present) if present else 'no attention module at all'}). "
-            f"Known are {', '.join(BACKBONES)}; a line in peft_e2vpt.backbones.BACKBONES adds another."
-        )
-    return sorted(sites, key=lambda site: not site.is_vision)
-
-
-def find_heads(model: nn.Module, sites: list[AttentionSite]) -> list[str]:
-    """Names the head of a task model: its direct children with weights that hold no self-attention of a backbone.
-
-    A model without a task (its class name has no "For", as `ViTModel`) has no head: the list is empty.
-    """
-    if "For" not in type(model).__name__:
-        return []
-    backbones = {site.name.split(".")[0] for site in sites}
-    children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-    return [name for name in children if name not in backbones]

@@ -14,11 +14,13 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .attention import Rows, attach, detach, eager_attention_of
-from .backbones import AttentionSite
+from . import attention as interface
+from . import interception
+from .attention import Rows
 from .combining import MixedBatch, one_per_sample, side_by_side
 from .config import E2VPTConfig
 from .merging import Sources
+from .sites import AttentionSite
 
 
 @dataclass
@@ -96,7 +98,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.site = site
         self.index = index
-        self.eager_attention = eager_attention_of(site.attention, site.name)
+        self.eager_attention = interface.eager_attention_of(site.attention)
         self.e2vpt_visual_prompts = nn.ParameterDict()
         self.e2vpt_kv_prompts = nn.ParameterDict()
         self.e2vpt_token_gates = BufferDict(persistent=True)
@@ -113,12 +115,23 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self._handles: list[Any] = []
         if site.backbone.windows:
             self._handles.append(site.block.register_forward_pre_hook(self._count_samples))
-        attach(site.attention, self)
+        if self.eager_attention is not None:
+            interface.attach(site.attention, self)
+        else:
+            interception.attach(site.attention, self, site.name, site.num_key_value_heads)
         self.train(site.attention.training)
+
+    @property
+    def attention_config(self) -> Any:
+        """The config that tells the attention's implementation; `None` where the attention asks none."""
+        return None if self.eager_attention is None else interface.config_of(self.site.attention)
 
     def detach(self) -> None:
         """Leaves the base model: the attention and its block are as they were before this layer was made."""
-        detach(self.site.attention)
+        if self.eager_attention is not None:
+            interface.detach(self.site.attention)
+        else:
+            interception.detach(self.site.attention)
         for handle in self._handles:
             handle.remove()
 
@@ -208,6 +221,14 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return None
+        rows = self._rows_of_adapters(num_sequences, dtype)
+        backbone = self.site.backbone
+        if rows is None or not (backbone.cosine or backbone.score_bias):
+            return rows
+        bias = rows.key.new_zeros(1, rows.key.shape[2]) if rows.score_bias is None else rows.score_bias
+        return rows._replace(key=self.site.normalise(rows.key), score_bias=bias + backbone.score_bias)
+
+    def _rows_of_adapters(self, num_sequences: int, dtype: torch.dtype) -> Rows | None:
         if self._may_be_constant() and not torch.compiler.is_compiling():
             self.refresh_merged_rows()
         num_samples = num_sequences if self.num_samples is None else self.num_samples
@@ -226,8 +247,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if adapter_name not in self.e2vpt_config:
             return []
         if adapter_name in self.e2vpt_merged_rows and self._may_be_constant():
-            key, value = self.e2vpt_merged_rows[adapter_name].unbind()
-            return [Rows(key, value, self._num_behind(adapter_name))]
+            return [self._in_heads(*self.e2vpt_merged_rows[adapter_name].unbind(), adapter_name)]
         return self._computed_parts(adapter_name, num_samples, dtype)
 
     def _may_be_constant(self) -> bool:
@@ -240,9 +260,13 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             parts.append(Rows(*self.site.project(prompts, dtype), score_bias=bias))
         kv_prompts = self.kv_prompts(adapter_name)
         if kv_prompts is not None:
-            key, value = kv_prompts[:1].to(dtype), kv_prompts[-1:].to(dtype)
-            parts.append(Rows(key, value, self._num_behind(adapter_name)))
+            parts.append(self._in_heads(kv_prompts[:1].to(dtype), kv_prompts[-1:].to(dtype), adapter_name))
         return parts
+
+    def _in_heads(self, key: Tensor, value: Tensor, adapter_name: str) -> Rows:
+        """Rows of constants and key-value prompts (1, H, P, d), cut where keys or values are narrower than d."""
+        key, value = key[..., : self.site.key_dim], value[..., : self.site.value_dim]
+        return Rows(key, value, self._num_behind(adapter_name))
 
     def _has_visual_rows(self, adapter_name: str) -> bool:
         deep = self.e2vpt_config[adapter_name].visual_prompt_mode == "deep"
@@ -347,7 +371,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         _, dtype = self._get_base_layer_device_and_dtype(self.site.attention)
         rows = side_by_side(self._computed_parts(adapter_name, None, dtype or torch.get_default_dtype()))
         assert rows is not None  # an adapter in deep mode has rows
-        return torch.stack([rows.key, rows.value])
+        width = self.site.head_dim
+        return torch.stack([F.pad(part, (0, width - part.shape[-1])) for part in (rows.key, rows.value)])
 
     def refresh_merged_rows(self) -> None:
         """Computes constants anew where what they were computed from has changed."""
@@ -361,7 +386,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def _note_sources(self) -> None:
         lenders = [layer for (layer,) in self.e2vpt_kv_source.values()]
-        modules = [self, *lenders, self.site.attention, getattr(self.site.block, self.site.backbone.norm)]
+        modules = [self, *lenders, self.site.attention, *self.site.norms]
         self._merged_from = Sources(part for module in modules for part in module.modules())
 
     def train(self, mode: bool = True) -> E2VPTLayer:

@@ -82,8 +82,7 @@ def gates_on(place: str, layers: list[E2VPTLayer]) -> Iterator[None]:
         place: `"attention"` or `"embedding"`.
         layers: the layers whose gates are measured.
     """
-    sources = [layer.site.attention.config.__dict__["_e2vpt_source"] for layer in layers]
-    configs = {id(source): source for source in sources}
+    configs = {id(source): source for layer in layers if (source := layer.attention_config) is not None}
     before = {key: config._attn_implementation for key, config in configs.items()}
     switched = [key for key, name in before.items() if place == "attention" and ("flash" in name or "flex" in name)]
     try:

@@ -13,13 +13,12 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .attention import owner_of
-from .backbones import find_attention_sites, find_heads
 from .config import E2VPTConfig
 from .container import CONTAINER, PromptLayers
 from .insertion import ShallowInsertion
 from .layer import E2VPTLayer
 from .mixed_batch import BASE, one_adapter_per_sample
+from .sites import find_attention_sites, find_heads
 from .storage import fit_to_model, without_pruned_values
 from .summary import PromptSummary, summarise
 from .targets import check_modules_to_save, check_sites, find_targets, matches
@@ -116,11 +115,13 @@ class E2VPTModel(BaseTuner):
     def _layer_of(self, name: str) -> E2VPTLayer:
         """The prompt layer of the self-attention called `name`, made on first demand."""
         index, site = self._sites[name]
-        layer = owner_of(site.attention)
-        if not isinstance(layer, E2VPTLayer):
-            if not hasattr(self.model, CONTAINER):
-                self.model.add_module(CONTAINER, PromptLayers(self.model))
-            layer = getattr(self.model, CONTAINER)[str(index)] = E2VPTLayer(site, index)
+        if not hasattr(self.model, CONTAINER):
+            self.model.add_module(CONTAINER, PromptLayers(self.model))
+        layers: PromptLayers = getattr(self.model, CONTAINER)
+        if str(index) not in layers:
+            layers[str(index)] = E2VPTLayer(site, index)
+        layer = layers[str(index)]
+        assert isinstance(layer, E2VPTLayer)
         return layer
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -7,10 +7,9 @@ import re
 
 from torch import nn
 
-from .attention import eager_attention_of
-from .backbones import AttentionSite
 from .config import E2VPTConfig
 from .container import CONTAINER
+from .sites import AttentionSite
 
 
 def matches(name: str, patterns: list[str] | str) -> bool:
@@ -71,12 +70,11 @@ def check_sites(model: nn.Module, config: E2VPTConfig, sites: list[AttentionSite
     """Checks that the targeted self-attentions can have the prompts of `config`.
 
     Raises:
-        ValueError: a width is not divisible by the number of segments, heads to share differ, an attention cannot be
-            reached, or tokens cannot be inserted for shallow prompts.
+        ValueError: a width is not divisible by the number of segments, heads to share differ, or tokens cannot be
+            inserted for shallow prompts.
     """
     first = sites[0]
     for site in sites:
-        eager_attention_of(site.attention, site.name)
         width, segments = site.width, config.num_segments
         if config.num_visual_prompts and width % segments:
             raise ValueError(

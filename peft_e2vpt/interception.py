@@ -1,0 +1,226 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""How rows join keys and values where an attention does its own arithmetic instead of asking transformers for it.
+
+While such an attention runs, a `TorchFunctionMode` watches its calls of torch. It joins the rows to a call of
+`scaled_dot_product_attention`, or follows the scores from their product of queries and keys through the softmax to the
+product with the values: the scores of the rows are computed beside them, take part in the softmax, and add their values
+to the result. What the attention itself does with its scores, their shape and their mask stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .attention import RowOwner, Rows, join_rows, per_sequence
+
+
+PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")
+SCALINGS = ("mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_")
+# what changes single scores: the rows have no position bias, and every query sees them
+MASKINGS = ("add", "__add__", "__radd__", "__iadd__", "add_", "masked_fill", "masked_fill_", "where")
+RESHAPINGS = ("view", "reshape", "unsqueeze", "squeeze", "flatten", "view_as", "reshape_as")
+# what treats all scores alike, or mixes them over other dimensions than that of the keys
+COPYINGS = ("permute", "transpose", "linear", "to", "float", "type", "type_as", "contiguous", "clone", "dropout", "tanh")
+
+
+def _is_in(tensor: Tensor, argument: Any) -> bool:
+    return argument is tensor or (isinstance(argument, (list, tuple)) and any(part is tensor for part in argument))
+
+
+class _Interception(TorchFunctionMode):
+    """Watches one forward pass of one attention.
+
+    Attributes:
+        rows: the rows, once the attention has come to its scores.
+        joined: whether they have taken part.
+    """
+
+    def __init__(self, owner: RowOwner, name: str, heads: int) -> None:
+        super().__init__()
+        self.owner, self.name, self.heads = owner, name, heads
+        self.rows: Rows | None = None
+        self.asked = self.joined = False
+        self._followed: list[tuple[Tensor, Tensor]] = []  # scores or weights, and those of the rows
+        self._bias: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            return self._fused(func, *args, **kwargs)
+        for scores, of_rows in reversed(self._followed):
+            if any(_is_in(scores, argument) for argument in (*args, *kwargs.values())):
+                return self._follow(func, name, scores, of_rows, args, kwargs)
+        if name in PRODUCTS and not self.asked:
+            return self._scores(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    # ---------------------------------------------------------------------------------------------------- one kernel
+    def _fused(
+        self,
+        func: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        self.asked = True
+        self.rows = self.owner.rows(key.shape[0], key.dtype)
+        if self.rows is not None:
+            rows = self._with_heads(self.rows, key.shape[1])
+            if is_causal:
+                num_queries, num_keys = query.shape[2], key.shape[2]
+                attn_mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril()[None, None]
+            key, value, attn_mask = join_rows(rows, key, value, attn_mask, query.dtype)
+            is_causal, self.joined = False, True
+        return func(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+
+    @staticmethod
+    def _with_heads(rows: Rows, heads: int) -> Rows:
+        """Repeats rows as grouped-query attention has repeated its keys and values."""
+        groups = heads // rows.key.shape[1]
+        if groups == 1:
+            return rows
+        return rows._replace(key=rows.key.repeat_interleave(groups, 1), value=rows.value.repeat_interleave(groups, 1))
+
+    # ------------------------------------------------------------------------------------------- scores, step by step
+    def _scores(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The product of queries and keys: the first of two equally shaped batches of matrices."""
+        product = func(*args, **kwargs)
+        operands = [arg for arg in args if isinstance(arg, (list, tuple))][0] if isinstance(args[0], str) else args
+        query, key = operands[-2:]
+        if query.dim() < 3 or query.dim() != key.dim() or query.shape[:-2] != key.shape[:-2]:
+            return product
+        self.asked = True
+        num_sequences = query.shape[0] // (self.heads if query.dim() == 3 else 1)
+        self.rows = self.owner.rows(num_sequences, query.dtype)
+        if self.rows is not None:
+            keys = self._like(per_sequence(self.rows.key.to(query.dtype), num_sequences), query)
+            self._followed.append((product, query @ keys.transpose(-2, -1)))
+            if self.rows.score_bias is not None:
+                bias = per_sequence(self.rows.score_bias, num_sequences)[:, None, None, :]
+                self._bias = self._like(bias.expand(-1, self.heads, -1, -1), query)
+        return product
+
+    @staticmethod
+    def _like(rows: Tensor, query: Tensor) -> Tensor:
+        """Brings rows (B, H, P, d) to the dimensions that the attention gives its queries."""
+        if query.dim() == 3:  # (B H, N, d)
+            return rows.flatten(0, 1)
+        if query.dim() == 5:  # (B, H, windows, N, d)
+            return rows[:, :, None]
+        return rows
+
+    def _follow(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        scores: Tensor,
+        of_rows: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if name in PRODUCTS:
+            return self._product(func(*args, **kwargs), scores, of_rows, args)
+        if name == "softmax":
+            return self._softmax(func, scores, of_rows, args, kwargs)
+        result = func(*args, **kwargs)
+        if not isinstance(result, Tensor) or name.startswith("new_") or name.endswith("_like"):
+            return result
+        if name in COPYINGS or (name in SCALINGS and self._scales_all_keys(scores, args)):
+            parts = [of_rows if argument is scores else argument for argument in args]
+            of_rows = func(*parts, **kwargs)
+        elif name in RESHAPINGS:
+            if result.shape[-1] == scores.shape[-1]:
+                of_rows = of_rows.reshape(*result.shape[:-1], of_rows.shape[-1])
+        elif name not in MASKINGS:
+            raise NotImplementedError(
+                f"{self.name} applies torch's {name} to its attention scores, and what that means for prompts is not "
+                "known: leave this attention out with exclude_modules."
+            )
+        self._followed.append((result, of_rows))
+        return result
+
+    @staticmethod
+    def _scales_all_keys(scores: Tensor, args: tuple[Any, ...]) -> bool:
+        factors = [argument for argument in args if argument is not scores]
+        return all(not isinstance(f, Tensor) or f.dim() == 0 or f.shape[-1] == 1 for f in factors)
+
+    def _softmax(
+        self,
+        func: Callable[..., Tensor],
+        scores: Tensor,
+        of_rows: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        of_rows = of_rows if self._bias is None else of_rows + self._bias.to(of_rows.dtype)
+        together = torch.cat([of_rows.to(scores.dtype), scores], dim=-1)
+        parts = [together if argument is scores else argument for argument in args]
+        if "input" in kwargs:
+            kwargs = {**kwargs, "input": together}
+        of_rows, weights = func(*parts, **kwargs).split([of_rows.shape[-1], scores.shape[-1]], dim=-1)
+        self._followed.append((weights, of_rows))
+        return weights
+
+    def _product(self, product: Tensor, weights: Tensor, of_rows: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """The product of weights and values, or of the transposes of both."""
+        assert self.rows is not None
+        self.joined = True
+        num_sequences = of_rows.shape[0] // (self.heads if of_rows.dim() == 3 else 1)
+        values = self._like(per_sequence(self.rows.value, num_sequences), of_rows).to(of_rows.dtype)
+        if args[-1] is weights:
+            return product + values.transpose(-2, -1) @ of_rows
+        return product + of_rows @ values
+
+
+class AdaptedForward:
+    """The forward of an attention that does its own arithmetic, with rows.
+
+    Raises:
+        RuntimeError: when called; the attention came to no scores, so that its prompts had no effect.
+    """
+
+    def __init__(self, attention: nn.Module, owner: RowOwner, name: str, heads: int) -> None:
+        self.attention, self.owner, self.name, self.heads = attention, owner, name, heads
+        self.before = attention.__dict__.get("forward")  # of Accelerate's hooks, for instance
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        interception = _Interception(self.owner, self.name, self.heads)
+        with interception:
+            if self.before is not None:
+                output = self.before(*args, **kwargs)
+            else:
+                output = type(self.attention).forward(self.attention, *args, **kwargs)
+        if not interception.asked or (interception.rows is not None and not interception.joined):
+            raise RuntimeError(
+                f"{self.name} ({type(self.attention).__name__}) has not used its prompts: it computes its attention "
+                "in a way that E2VPT cannot follow. Leave it out with exclude_modules."
+            )
+        return output
+
+
+def attach(attention: nn.Module, owner: RowOwner, name: str, heads: int) -> None:
+    """Lets `owner` give rows to every later call of `attention`."""
+    attention.forward = AdaptedForward(attention, owner, name, heads)
+
+
+def detach(attention: nn.Module) -> None:
+    """Gives `attention` the forward back that it had before `attach`."""
+    forward = attention.__dict__.get("forward")
+    if isinstance(forward, AdaptedForward):
+        if forward.before is None:
+            del attention.forward
+        else:
+            attention.forward = forward.before
