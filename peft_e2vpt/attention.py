@@ -168,9 +168,7 @@ def _extend_mask(mask: Any, rows: Rows, num_keys: int, dtype: torch.dtype, num_s
     return mask + bias
 
 
-def join_rows(
-    rows: Rows, key: Tensor, value: Tensor, mask: Any, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Any]:
+def join_rows(rows: Rows, key: Tensor, value: Tensor, mask: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
     """Puts rows beside keys and values (B, H, N, d), and adds their columns to the mask.
 
     Args:

@@ -37,6 +37,7 @@ class Backbone:
             keys and both come from one projection.
         key_norm: name of the norm of the projected keys.
         value_norm: name of the norm of the projected values.
+        bias: name of the bias of a common projection that is a bare weight.
         value_bias: name of a bias of the values that is kept outside their projection.
         cosine: whether scores are those of normalised queries and keys.
         score_bias: what the position bias adds to the score of a token on average, where it is not about 0.
@@ -58,6 +59,7 @@ class Backbone:
     value_dim: str | None = None
     key_norm: str | None = None
     value_norm: str | None = None
+    bias: str | None = None
     value_bias: str | None = None
     cosine: bool = False
     score_bias: float = 0.0
@@ -174,6 +176,14 @@ BACKBONES: dict[str, Backbone | tuple[Backbone, ...]] = {
         heads="num_attention_heads",
         value_dim="out_dim_projection",
     ),
+    "torch.nn.modules.activation.MultiheadAttention": Backbone(
+        "ln_1",
+        "in_proj_weight",
+        "in_proj_weight",
+        heads="num_heads",
+        bias="in_proj_bias",
+        where=r"resblocks\.\d+\.attn$",
+    ),  # of BridgeTower
     # windows
     "Swinv2SelfAttention": _named(None, **_SWIN_V2),
     "Swin2SRSelfAttention": _named(None, **_SWIN_V2),
@@ -204,7 +214,9 @@ BACKBONES: dict[str, Backbone | tuple[Backbone, ...]] = {
         _qkv("temporal_layernorm", where="temporal_attention"),
         _qkv("layernorm_before"),
     ),
-    "VJEPA2RopeAttention": _named("norm1", where=r"(^|\.)encoder\."),  # the predictor takes no part in a classification
+    "VJEPA2RopeAttention": _named(
+        "norm1", where=r"(^|\.)encoder\."
+    ),  # the predictor takes no part in a classification
     "XCLIPAttention": (Backbone("message_ln", where=r"message_attn$"), Backbone("layer_norm1")),
     # timm, through transformers' TimmWrapper
     "timm.layers.attention.Attention": _qkv("norm1", key_norm="k_norm"),

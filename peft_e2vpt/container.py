@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .insertion import ShallowInsertion
 from .layer import E2VPTLayer
@@ -16,40 +17,55 @@ from .layer import E2VPTLayer
 CONTAINER = "e2vpt"
 
 
-def _embeddings_of(model: PreTrainedModel) -> nn.Module | None:
-    try:
-        embeddings = model.get_input_embeddings()
-    except NotImplementedError:
-        return None
-    return embeddings if isinstance(embeddings, nn.Module) else None
+def _beside(blocks: Iterable[nn.Module], model: nn.Module) -> list[nn.Module]:
+    """Lists what has weights beside the blocks of a model, such as its embeddings.
+
+    These are the topmost modules that neither are a block, nor hold one, nor lie in one.
+    """
+    inner = set(blocks)
+    outer = [module for module in model.modules() if module not in inner and not inner.isdisjoint(module.modules())]
+    beside = [child for module in outer for child in module.children() if child not in inner and child not in outer]
+    return [module for module in beside if any(True for _ in module.parameters())]
+
+
+def _requiring_gradient(value: Any) -> Any:
+    """The output of a module with every tensor in it asking for a gradient."""
+    if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
+        return value.requires_grad_()
+    if isinstance(value, tuple):
+        return tuple(_requiring_gradient(part) for part in value)
+    if isinstance(value, ModelOutput):
+        return type(value)(**{name: _requiring_gradient(part) for name, part in value.items()})
+    return value
 
 
 class PromptLayers(nn.ModuleDict):
     """The child `e2vpt` of an adapted model: an `E2VPTLayer` per self-attention, by the number of the attention.
+
+    Args:
+        model: the base model.
+        blocks: the transformer blocks of its self-attentions.
 
     Attributes:
         base_requires_grad: which parameters of the base model required a gradient before it was adapted.
         insertions: where shallow prompts enter and leave the sequence, by adapter.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.base_requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.insertions: dict[str, ShallowInsertion] = {}
-        towers = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-        embeddings = {module for tower in towers if (module := _embeddings_of(tower)) is not None}
-        self._handles = [module.register_forward_hook(self._require_gradient) for module in embeddings]
+        self._handles = [module.register_forward_hook(self._require_gradient) for module in _beside(blocks, model)]
         self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
-    def _require_gradient(self, embeddings: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _require_gradient(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Lets a gradient into the first block: reentrant checkpoints give none to what is inside without it."""
-        if not embeddings.training or not torch.is_grad_enabled():
-            return
+        if not module.training or not torch.is_grad_enabled():
+            return None
         checkpointing = any(module.gradient_checkpointing for module in self._checkpointing)
         if checkpointing and any(not layer.disable_adapters for layer in prompt_layers(self)):
-            for tensor in output if isinstance(output, tuple) else (output,):
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    tensor.requires_grad_()
+            return _requiring_gradient(output)
+        return None
 
     def detach(self) -> None:
         """Leaves the base model: its modules are as they were before."""

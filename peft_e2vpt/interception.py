@@ -2,9 +2,9 @@
 """How rows join keys and values where an attention does its own arithmetic instead of asking transformers for it.
 
 While such an attention runs, a `TorchFunctionMode` watches its calls of torch. It joins the rows to a call of
-`scaled_dot_product_attention`, or follows the scores from their product of queries and keys through the softmax to the
-product with the values: the scores of the rows are computed beside them, take part in the softmax, and add their values
-to the result. What the attention itself does with its scores, their shape and their mask stay as they are.
+`scaled_dot_product_attention`, or follows the scores from the product of queries and keys through the softmax to the
+product with the values: the scores of the rows are computed beside them, take part in the softmax, and add their
+values to the result. What the attention itself does with its scores, their shape and their mask stay as they are.
 """
 
 from __future__ import annotations
@@ -26,11 +26,60 @@ SCALINGS = ("mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv_
 MASKINGS = ("add", "__add__", "__radd__", "__iadd__", "add_", "masked_fill", "masked_fill_", "where")
 RESHAPINGS = ("view", "reshape", "unsqueeze", "squeeze", "flatten", "view_as", "reshape_as")
 # what treats all scores alike, or mixes them over other dimensions than that of the keys
-COPYINGS = ("permute", "transpose", "linear", "to", "float", "type", "type_as", "contiguous", "clone", "dropout", "tanh")
+COPYINGS = (
+    "permute",
+    "transpose",
+    "linear",
+    "to",
+    "float",
+    "type",
+    "type_as",
+    "contiguous",
+    "clone",
+    "dropout",
+    "tanh",
+)
 
 
 def _is_in(tensor: Tensor, argument: Any) -> bool:
     return argument is tensor or (isinstance(argument, (list, tuple)) and any(part is tensor for part in argument))
+
+
+def _with_heads(rows: Rows, heads: int) -> Rows:
+    """Repeats rows as grouped-query attention has repeated its keys and values."""
+    groups = heads // rows.key.shape[1]
+    if groups == 1:
+        return rows
+    return rows._replace(key=rows.key.repeat_interleave(groups, 1), value=rows.value.repeat_interleave(groups, 1))
+
+
+def _mask_of(kwargs: dict[str, Any], num_sequences: int, num_heads: int, dtype: torch.dtype) -> Tensor | None:
+    """The masks of `nn.MultiheadAttention`, in which True hides, as one that is added: (B, 1 or H, 1 or N, N)."""
+    padding, mask = kwargs["key_padding_mask"], kwargs["attn_mask"]
+    masks = []
+    if padding is not None:
+        masks.append(padding[:, None, None, :])
+    if mask is not None:
+        masks.append(mask.unflatten(0, (num_sequences, num_heads)) if mask.dim() == 3 else mask[None, None])
+    added = [
+        torch.zeros_like(part, dtype=dtype).masked_fill(part, -torch.inf) if part.dtype == torch.bool else part
+        for part in masks
+    ]
+    return sum(added[1:], added[0]).expand(num_sequences, -1, -1, -1) if added else None
+
+
+def _like(rows: Tensor, query: Tensor) -> Tensor:
+    """Brings rows (B, H, P, d) to the dimensions that the attention gives its queries."""
+    if query.dim() == 3:  # (B H, N, d)
+        return rows.flatten(0, 1)
+    if query.dim() == 5:  # (B, H, windows, N, d)
+        return rows[:, :, None]
+    return rows
+
+
+def _scales_all_keys(scores: Tensor, args: tuple[Any, ...]) -> bool:
+    factors = [argument for argument in args if argument is not scores]
+    return all(not isinstance(f, Tensor) or f.dim() == 0 or f.shape[-1] == 1 for f in factors)
 
 
 class _Interception(TorchFunctionMode):
@@ -56,6 +105,8 @@ class _Interception(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             return self._fused(func, *args, **kwargs)
+        if name == "multi_head_attention_forward":
+            return self._multi_head(func, *args, **kwargs)
         for scores, of_rows in reversed(self._followed):
             if any(_is_in(scores, argument) for argument in (*args, *kwargs.values())):
                 return self._follow(func, name, scores, of_rows, args, kwargs)
@@ -78,7 +129,7 @@ class _Interception(TorchFunctionMode):
         self.asked = True
         self.rows = self.owner.rows(key.shape[0], key.dtype)
         if self.rows is not None:
-            rows = self._with_heads(self.rows, key.shape[1])
+            rows = _with_heads(self.rows, key.shape[1])
             if is_causal:
                 num_queries, num_keys = query.shape[2], key.shape[2]
                 attn_mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril()[None, None]
@@ -86,41 +137,58 @@ class _Interception(TorchFunctionMode):
             is_causal, self.joined = False, True
         return func(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
 
-    @staticmethod
-    def _with_heads(rows: Rows, heads: int) -> Rows:
-        """Repeats rows as grouped-query attention has repeated its keys and values."""
-        groups = heads // rows.key.shape[1]
-        if groups == 1:
-            return rows
-        return rows._replace(key=rows.key.repeat_interleave(groups, 1), value=rows.value.repeat_interleave(groups, 1))
+    def _multi_head(
+        self,
+        func: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        embed_dim: int,
+        num_heads: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        *others: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The function behind `nn.MultiheadAttention`, (N, B, D), which takes finished keys and values (B H, N, d)."""
+        self.asked = True
+        num_keys, num_sequences, _ = key.shape
+        self.rows = self.owner.rows(num_sequences, key.dtype)
+        if self.rows is not None:
+            _, *weights = weight.chunk(3)
+            biases = [None, None] if bias is None else bias.chunk(3)[1:]
+            key, value = (
+                F.linear(tokens, w, b).view(num_keys, num_sequences, num_heads, -1).permute(1, 2, 0, 3)
+                for tokens, w, b in zip((key, value), weights, biases, strict=True)
+            )
+            mask = _mask_of(kwargs, num_sequences, num_heads, query.dtype)
+            key, value, mask = join_rows(self.rows._replace(num_behind=0), key, value, mask, query.dtype)
+            if mask is not None:
+                mask = mask.expand(-1, num_heads, len(query), -1).flatten(0, 1)
+            kwargs.update(static_k=key.flatten(0, 1), static_v=value.flatten(0, 1), attn_mask=mask, is_causal=False)
+            kwargs["key_padding_mask"] = None
+            self.joined = True
+            key = value = query
+        return func(query, key, value, embed_dim, num_heads, weight, bias, *others, **kwargs)
 
     # ------------------------------------------------------------------------------------------- scores, step by step
     def _scores(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The product of queries and keys: the first of two equally shaped batches of matrices."""
         product = func(*args, **kwargs)
-        operands = [arg for arg in args if isinstance(arg, (list, tuple))][0] if isinstance(args[0], str) else args
-        query, key = operands[-2:]
+        tensors = args[1] if isinstance(args[-1], (list, tuple)) else args  # einsum takes both forms
+        query, key = tensors[-2:]
         if query.dim() < 3 or query.dim() != key.dim() or query.shape[:-2] != key.shape[:-2]:
             return product
         self.asked = True
         num_sequences = query.shape[0] // (self.heads if query.dim() == 3 else 1)
         self.rows = self.owner.rows(num_sequences, query.dtype)
         if self.rows is not None:
-            keys = self._like(per_sequence(self.rows.key.to(query.dtype), num_sequences), query)
+            keys = _like(per_sequence(self.rows.key.to(query.dtype), num_sequences), query)
             self._followed.append((product, query @ keys.transpose(-2, -1)))
             if self.rows.score_bias is not None:
                 bias = per_sequence(self.rows.score_bias, num_sequences)[:, None, None, :]
-                self._bias = self._like(bias.expand(-1, self.heads, -1, -1), query)
+                self._bias = _like(bias.expand(-1, self.heads, -1, -1), query)
         return product
-
-    @staticmethod
-    def _like(rows: Tensor, query: Tensor) -> Tensor:
-        """Brings rows (B, H, P, d) to the dimensions that the attention gives its queries."""
-        if query.dim() == 3:  # (B H, N, d)
-            return rows.flatten(0, 1)
-        if query.dim() == 5:  # (B, H, windows, N, d)
-            return rows[:, :, None]
-        return rows
 
     def _follow(
         self,
@@ -138,7 +206,7 @@ class _Interception(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor) or name.startswith("new_") or name.endswith("_like"):
             return result
-        if name in COPYINGS or (name in SCALINGS and self._scales_all_keys(scores, args)):
+        if name in COPYINGS or (name in SCALINGS and _scales_all_keys(scores, args)):
             parts = [of_rows if argument is scores else argument for argument in args]
             of_rows = func(*parts, **kwargs)
         elif name in RESHAPINGS:
@@ -151,11 +219,6 @@ class _Interception(TorchFunctionMode):
             )
         self._followed.append((result, of_rows))
         return result
-
-    @staticmethod
-    def _scales_all_keys(scores: Tensor, args: tuple[Any, ...]) -> bool:
-        factors = [argument for argument in args if argument is not scores]
-        return all(not isinstance(f, Tensor) or f.dim() == 0 or f.shape[-1] == 1 for f in factors)
 
     def _softmax(
         self,
@@ -179,10 +242,9 @@ class _Interception(TorchFunctionMode):
         assert self.rows is not None
         self.joined = True
         num_sequences = of_rows.shape[0] // (self.heads if of_rows.dim() == 3 else 1)
-        values = self._like(per_sequence(self.rows.value, num_sequences), of_rows).to(of_rows.dtype)
-        if args[-1] is weights:
-            return product + values.transpose(-2, -1) @ of_rows
-        return product + of_rows @ values
+        values = _like(per_sequence(self.rows.value, num_sequences), of_rows).to(of_rows.dtype)
+        of_values: Tensor = values.transpose(-2, -1) @ of_rows if args[-1] is weights else of_rows @ values
+        return product + of_values
 
 
 class AdaptedForward:

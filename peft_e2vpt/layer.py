@@ -247,7 +247,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if adapter_name not in self.e2vpt_config:
             return []
         if adapter_name in self.e2vpt_merged_rows and self._may_be_constant():
-            return [self._in_heads(*self.e2vpt_merged_rows[adapter_name].unbind(), adapter_name)]
+            key, value = self.e2vpt_merged_rows[adapter_name].unbind()
+            return [self._in_heads(key, value, adapter_name)]
         return self._computed_parts(adapter_name, num_samples, dtype)
 
     def _may_be_constant(self) -> bool:

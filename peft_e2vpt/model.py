@@ -116,7 +116,8 @@ class E2VPTModel(BaseTuner):
         """The prompt layer of the self-attention called `name`, made on first demand."""
         index, site = self._sites[name]
         if not hasattr(self.model, CONTAINER):
-            self.model.add_module(CONTAINER, PromptLayers(self.model))
+            blocks = [site.block for _, site in self._sites.values()]
+            self.model.add_module(CONTAINER, PromptLayers(self.model, blocks))
         layers: PromptLayers = getattr(self.model, CONTAINER)
         if str(index) not in layers:
             layers[str(index)] = E2VPTLayer(site, index)

@@ -20,8 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from .backbones import BACKBONES, Backbone
 
 
-def _widths(projection: nn.Module) -> tuple[int, int]:
-    """Width of what goes into a projection and of what comes out."""
+def _widths(projection: nn.Module | Tensor) -> tuple[int, int]:
+    """Width of what goes into a projection, a module or a bare weight, and of what comes out."""
+    if isinstance(projection, Tensor):
+        return projection.shape[1], projection.shape[0]
     for module in projection.modules():
         if isinstance(module, Conv1D):
             return int(module.weight.shape[0]), int(module.weight.shape[1])
@@ -45,8 +47,10 @@ def _fixed_statistics(projection: nn.Module) -> Iterator[None]:
             norm.training = True
 
 
-def _project(projection: nn.Module, hidden: Tensor) -> Tensor:
-    """Applies a projection, linear or a 1x1 convolution, to tokens (B, M, D)."""
+def _project(projection: nn.Module | Tensor, hidden: Tensor) -> Tensor:
+    """Applies a projection, linear, a 1x1 convolution or a bare weight, to tokens (B, M, D)."""
+    if isinstance(projection, Tensor):
+        return F.linear(hidden, projection)
     with _fixed_statistics(projection):
         if any(isinstance(module, nn.Conv2d) for module in projection.modules()):
             projected: Tensor = projection(hidden.transpose(1, 2)[..., None])
@@ -163,6 +167,8 @@ class AttentionSite:
             key, value = parts[..., -self.key_dim - self.value_dim :].split([self.key_dim, self.value_dim], dim=-1)
         else:
             parts = _project(getattr(attention, backbone.key), hidden)
+            bias = getattr(attention, backbone.bias) if backbone.bias is not None else None
+            parts = parts if bias is None else parts + bias
             key, value = parts.tensor_split(backbone.parts, dim=-1)[-2:]
         bias = getattr(attention, backbone.value_bias) if backbone.value_bias is not None else None
         value = value if bias is None else value + bias
@@ -207,7 +213,7 @@ def _describe(name: str, module: nn.Module) -> Backbone | None:
     for cls in type(module).__mro__:
         lines = BACKBONES.get(f"{cls.__module__}.{cls.__name__}", BACKBONES.get(cls.__name__))
         for line in (lines,) if isinstance(lines, Backbone) else lines or ():
-            if re.search(line.where, name) and isinstance(getattr(module, line.key, None), nn.Module):
+            if re.search(line.where, name) and getattr(module, line.key, None) is not None:
                 return line
     return None
 
