@@ -89,8 +89,12 @@ def tag(model: nn.Module) -> None:
 
 def untag(model: nn.Module) -> None:
     """Takes the tags of E2VPT from a model."""
-    if isinstance(model, PreTrainedModel) and model.model_tags is not None:
-        model.model_tags = [name for name in model.model_tags if name not in TAGS] or None
+    if isinstance(model, PreTrainedModel):
+        others = [name for name in model.model_tags or [] if name not in TAGS]
+        if others:
+            model.model_tags = others
+        elif "model_tags" in vars(model):
+            del model.model_tags  # the class has None
 
 
 def is_replaceable(text: str) -> bool:
