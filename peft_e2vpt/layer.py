@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .attention import Rows, attach, detach, eager_attention_of
 from .backbones import AttentionSite
 from .config import E2VPTConfig
+from .gates import StoredGates
 
 
 @dataclass
@@ -94,8 +95,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.eager_attention = eager_attention_of(site.attention, site.name)
         self.e2vpt_visual_prompts = nn.ParameterDict()
         self.e2vpt_kv_prompts = nn.ParameterDict()
-        self.e2vpt_token_gates = BufferDict(persistent=True)
-        self.e2vpt_segment_gates = BufferDict(persistent=True)
+        self.e2vpt_token_gates = StoredGates()
+        self.e2vpt_segment_gates = StoredGates()
         self.e2vpt_kept_tokens = BufferDict(persistent=False)
         self.e2vpt_kv_source: dict[str, tuple[E2VPTLayer]] = {}
         self.e2vpt_config: dict[str, E2VPTConfig] = {}
