@@ -3,8 +3,10 @@
 
 from .callback import PruneRewindCallback
 from .config import E2VPTConfig
+from .hub import push_to_hub
 from .importance import ImportanceScores, score_prompts
 from .layer import E2VPTLayer
+from .loading import load
 from .model import E2VPTModel
 from .pruning import Gates, apply_gates, prune, prune_to_budget
 from .registration import register
@@ -27,8 +29,10 @@ __all__ = [
     "PruningSearch",
     "__version__",
     "apply_gates",
+    "load",
     "prune",
     "prune_to_budget",
+    "push_to_hub",
     "redraw",
     "rewind",
     "score_prompts",

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Any
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 from peft import PeftConfig
 
 from .registration import peft_type
 
+
+FORMAT_VERSION = 1  # of adapter_config.json and adapter_model.safetensors; counts up when older readers would go wrong
 
 INITIALISATIONS = ("xavier_uniform", "kaiming_uniform", "trunc_normal")
 CHOICES = {
@@ -28,6 +31,12 @@ SWITCHES = ("share_kv_prompts", "share_kv_prompts_across_layers", "init_weights"
 
 def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+class Companion(Protocol):
+    """What is saved beside `adapter_config.json`."""
+
+    def save(self, folder: str) -> None: ...
 
 
 @dataclass
@@ -95,6 +104,11 @@ class E2VPTConfig(PeftConfig):
             trains none.
         init_weights (`bool`, *optional*, defaults to `True`):
             Whether prompts start from the initialisations above; `False` leaves them at zero.
+        labels (`list[str]`, *optional*):
+            Names of the classes in the order of the logits. Written when the adapter is saved, from the `id2label` of
+            its model; `peft_e2vpt.load` builds the head from it.
+        format_version (`int`, *optional*, defaults to 1):
+            Version of the files of a saved adapter. Files of a newer version than this package knows are refused.
 
     Raises:
         ValueError: a choice is impossible; the message names the field, the value found and what to pass.
@@ -136,10 +150,16 @@ class E2VPTConfig(PeftConfig):
         default=None, metadata={"help": "Modules trained in full and saved; None finds the head."}
     )
     init_weights: bool = field(default=True, metadata={"help": "Whether to draw the initial prompts."})
+    labels: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes; written when the adapter is saved."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved files."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
+        self.card: Companion | None = None  # no field, so not in adapter_config.json
+        self._check_format()
         self._check_counts()
         if self.token_gate is None:
             self.token_gate = "embedding" if self.visual_prompt_mode == "shallow" else "attention"
@@ -155,6 +175,45 @@ class E2VPTConfig(PeftConfig):
         self._check_names()
         if self.visual_prompt_mode == "shallow":
             self._check_shallow()
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Drops, with a warning, what `adapter_config.json` says and this version does not know.
+
+        Raises:
+            ValueError: the file is of a newer format, so that leaving something out would go wrong.
+        """
+        unknown = kwargs.keys() - {known.name for known in fields(cls)}
+        if kwargs.get("format_version", FORMAT_VERSION) == FORMAT_VERSION and unknown:
+            warnings.warn(
+                f"adapter_config.json has settings that this version of peft_e2vpt does not know and leaves out: "
+                f"{', '.join(sorted(unknown))}. If they matter to you: pip install -U peft_e2vpt.",
+                stacklevel=2,
+            )
+        return {name: value for name, value in kwargs.items() if name not in unknown}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json`, and the model card where the adapter is saved with it.
+
+        Args:
+            save_directory: a folder, made where there is none.
+            kwargs: what PEFT adds.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if self.card is not None:
+            self.card.save(save_directory)
+
+    def _check_format(self) -> None:
+        if not _is_whole(self.format_version, 1):
+            raise ValueError(f"format_version must be a whole number of at least 1, got {self.format_version!r}.")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"The adapter has format_version={self.format_version}, and this version of peft_e2vpt reads up to "
+                f"{FORMAT_VERSION}: pip install -U peft_e2vpt."
+            )
+        labels: Any = self.labels
+        if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
+            raise ValueError(f"labels must be None or a list of names, got {labels!r}.")
 
     def _check_counts(self) -> None:
         for name, least in (("num_visual_prompts", 0), ("num_kv_prompts", 0), ("num_segments", 1)):

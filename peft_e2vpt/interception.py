@@ -233,8 +233,9 @@ class _Interception(TorchFunctionMode):
         parts = [together if argument is scores else argument for argument in args]
         if "input" in kwargs:
             kwargs = {**kwargs, "input": together}
-        of_rows, weights = func(*parts, **kwargs).split([of_rows.shape[-1], scores.shape[-1]], dim=-1)
-        self._followed.append((weights, of_rows))
+        softmax = func(*parts, **kwargs)
+        weights = softmax[..., of_rows.shape[-1] :]
+        self._followed.append((weights, softmax[..., : of_rows.shape[-1]]))
         return weights
 
     def _product(self, product: Tensor, weights: Tensor, of_rows: Tensor, args: tuple[Any, ...]) -> Tensor:
@@ -243,8 +244,9 @@ class _Interception(TorchFunctionMode):
         self.joined = True
         num_sequences = of_rows.shape[0] // (self.heads if of_rows.dim() == 3 else 1)
         values = _like(per_sequence(self.rows.value, num_sequences), of_rows).to(of_rows.dtype)
-        of_values: Tensor = values.transpose(-2, -1) @ of_rows if args[-1] is weights else of_rows @ values
-        return product + of_values
+        of_values = values.transpose(-2, -1) @ of_rows if args[-1] is weights else of_rows @ values
+        total: Tensor = product + of_values
+        return total
 
 
 class AdaptedForward:

@@ -19,6 +19,7 @@ from . import interception
 from .attention import Rows
 from .combining import MixedBatch, one_per_sample, side_by_side
 from .config import E2VPTConfig
+from .gates import StoredGates
 from .merging import Sources
 from .sites import AttentionSite
 
@@ -101,8 +102,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.eager_attention = interface.eager_attention_of(site.attention)
         self.e2vpt_visual_prompts = nn.ParameterDict()
         self.e2vpt_kv_prompts = nn.ParameterDict()
-        self.e2vpt_token_gates = BufferDict(persistent=True)
-        self.e2vpt_segment_gates = BufferDict(persistent=True)
+        self.e2vpt_token_gates = StoredGates()
+        self.e2vpt_segment_gates = StoredGates()
         self.e2vpt_kept_tokens = BufferDict(persistent=False)
         self.e2vpt_merged_rows = BufferDict(persistent=False)
         self.e2vpt_kv_source: dict[str, tuple[E2VPTLayer]] = {}

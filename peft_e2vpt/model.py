@@ -13,9 +13,11 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .card import tag, untag
 from .config import E2VPTConfig
 from .container import CONTAINER, PromptLayers
 from .insertion import ShallowInsertion
+from .labels import describe, warn_of_other_labels
 from .layer import E2VPTLayer
 from .mixed_batch import BASE, one_adapter_per_sample
 from .sites import find_attention_sites, find_heads
@@ -81,6 +83,8 @@ class E2VPTModel(BaseTuner):
             heads = [name for name in heads if name != CONTAINER]
         check_modules_to_save(self.model, heads, self._targets)
         peft_config.modules_to_save = heads
+        warn_of_other_labels(self.model, peft_config)
+        tag(self.model)
         return peft_config
 
     def _check_target_module_exists(self, peft_config: E2VPTConfig, key: str) -> Any:
@@ -263,6 +267,7 @@ class E2VPTModel(BaseTuner):
         if getattr(self.model, "_require_grads_hooks", None):
             self.model.disable_input_require_grads()
         delattr(self.model, CONTAINER)
+        untag(self.model)
         for name, module in list(self.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
                 self.model.set_submodule(name, module.original_module)
@@ -281,7 +286,11 @@ class E2VPTModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The adapter's tensors; of pruned visual prompts only the surviving values, a tensor (values,)."""
+        """The adapter's tensors; of pruned visual prompts only the surviving values, a tensor (values,).
+
+        PEFT asks for them right before it saves `config`, which so learns what else is to be written.
+        """
+        describe(model, config, adapter_name)
         tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

@@ -28,6 +28,8 @@ FREE = {
     "exclude_modules": st.none() | NAMES | st.just(r".*\.0\.attention"),
     "modules_to_save": st.none() | st.just([]) | NAMES,
     "init_weights": st.booleans(),
+    "labels": st.none() | NAMES,
+    "format_version": st.just(1),
     "inference_mode": st.booleans(),
     "revision": st.none() | st.just("main"),
 }
