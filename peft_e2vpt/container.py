@@ -17,15 +17,23 @@ from .layer import E2VPTLayer
 CONTAINER = "e2vpt"
 
 
-def _beside(blocks: Iterable[nn.Module], model: nn.Module) -> list[nn.Module]:
-    """Lists what has weights beside the blocks of a model, such as its embeddings.
-
-    These are the topmost modules that neither are a block, nor hold one, nor lie in one.
-    """
+def _before(blocks: Iterable[nn.Module], model: nn.Module) -> list[nn.Module]:
+    """Lists what has weights and comes before the blocks in the order of the model, such as its embeddings."""
     inner = set(blocks)
-    outer = [module for module in model.modules() if module not in inner and not inner.isdisjoint(module.modules())]
-    beside = [child for module in outer for child in module.children() if child not in inner and child not in outer]
-    return [module for module in beside if any(True for _ in module.parameters())]
+    before = []
+    for module in model.modules():
+        if module in inner or inner.isdisjoint(module.modules()):
+            continue
+        for child in module.children():
+            if not inner.isdisjoint(child.modules()):
+                break
+            if any(True for _ in child.parameters()):
+                before.append(child)
+    return [module for module in before if not _lies_in_one_of(module, inner)]
+
+
+def _lies_in_one_of(module: nn.Module, blocks: set[nn.Module]) -> bool:
+    return any(module in block.modules() for block in blocks)
 
 
 def _requiring_gradient(value: Any) -> Any:
@@ -55,7 +63,7 @@ class PromptLayers(nn.ModuleDict):
         super().__init__()
         self.base_requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.insertions: dict[str, ShallowInsertion] = {}
-        self._handles = [module.register_forward_hook(self._require_gradient) for module in _beside(blocks, model)]
+        self._handles = [module.register_forward_hook(self._require_gradient) for module in _before(blocks, model)]
         self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
     def _require_gradient(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -26,7 +26,8 @@ def labels_of(model: nn.Module) -> list[str] | None:
     config = getattr(model, "config", None)
     if config is None or task_of(model) is None:
         return None
-    return [str(config.id2label[index]) for index in range(config.num_labels)]
+    names = config.id2label or {}  # PVT has a number of classes without names
+    return [str(names.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
 
 
 def are_generic(labels: list[str]) -> bool:

@@ -237,9 +237,9 @@ def test_a_model_without_self_attention_is_refused_with_the_names_that_are_known
 
 
 def test_an_attention_that_is_not_known_is_named():
-    config = transformers.HieraConfig(image_size=[32, 32], patch_stride=[4, 4], embed_dim=8, num_heads=[1, 1, 1, 1])
-    with pytest.raises(ValueError, match="has no self-attention that E2VPT knows .found .*HieraMaskUnitAttention"):
-        get_peft_model(transformers.HieraForImageClassification(config), E2VPTConfig())
+    config = transformers.SwiftFormerConfig(embed_dims=[8, 8, 8, 8], depths=[1, 1, 1, 1])
+    with pytest.raises(ValueError, match="has no self-attention that E2VPT knows .found .*EfficientAdditiveAttention"):
+        get_peft_model(transformers.SwiftFormerForImageClassification(config), E2VPTConfig())
 
 
 def test_a_backbone_that_reads_inner_layers_is_refused_in_shallow_mode():
