@@ -102,8 +102,10 @@ def eager_attention_of(attention: nn.Module) -> AttentionFunction | None:
         The function, or `None` where the class does not ask transformers' attention interface for its attention.
     """
     forward = inspect.unwrap(type(attention).forward)
-    names = [used for used in forward.__code__.co_names if "eager" in used]
-    if "get_interface" not in forward.__code__.co_names or len(names) != 1:
+    used = forward.__code__.co_names
+    names = [name for name in used if "eager" in name]
+    asks = "get_interface" in used or ("ALL_ATTENTION_FUNCTIONS" in used and "getattr" not in used)  # before 5.1
+    if not asks or len(names) != 1:
         return None
     function: AttentionFunction = forward.__globals__[names[0]]
     return function
@@ -208,7 +210,9 @@ def attend_with_rows(
     view = module.config.__dict__
     config, owner = view["_e2vpt_source"], view["_e2vpt_owner"]
     implementation = config._attn_implementation
-    attend: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, owner.eager_attention)
+    attend: AttentionFunction = (
+        owner.eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+    )
     if "flash" in implementation:
         module = ModuleView(module, config)
     num_sequences, _, num_keys, _ = key.shape

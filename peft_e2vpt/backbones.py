@@ -239,6 +239,21 @@ BACKBONES: dict[str, Backbone | tuple[Backbone, ...]] = {
     "timm.models.levit.AttentionDownsample": Backbone(
         None, "kv", "kv", parts=2, per_head=True, heads="num_heads", value_dim="val_attn_dim"
     ),
+    # before transformers 5.9 (DINOv2: 5.18) the projections were one module further inside
+    "ViTSelfAttention": _named("layernorm_before", prefix_tokens=1),
+    "ViTMSNSelfAttention": _named("layernorm_before", prefix_tokens=1),
+    "DeiTSelfAttention": _named("layernorm_before", prefix_tokens=2),
+    "IJepaSelfAttention": _named("layernorm_before", prefix_tokens=0),
+    "Dinov2SelfAttention": _named("norm1", prefix_tokens=1),
+    "Dinov2WithRegistersSelfAttention": _named("norm1", prefix_tokens=_class_and_registers),
+    "BeitSelfAttention": _named("layernorm_before", prefix_tokens=_class_without_bias),
+    "SwinSelfAttention": _named("layernorm_before", windows=True),
+    "ViTMAESelfAttention": _named("layernorm_before"),
+    "PixioSelfAttention": _named("norm1"),
+    "SegformerEfficientSelfAttention": _named("layer_norm_1"),
+    "VivitSelfAttention": _named("layernorm_before"),
+    "ASTSelfAttention": _named("layernorm_before"),
+    "LwDetrViTSelfAttention": _named("layernorm_before"),
     # text encoders, in models without a vision tower
     "BertSelfAttention": _text(),
     "RobertaSelfAttention": _text(),

@@ -57,7 +57,10 @@ def missing(name: str) -> str | None:
     """Why a model cannot be built here."""
     if name.startswith("timm") and importlib.util.find_spec("torchvision") is None:
         return "timm needs torchvision"
-    return zoo.missing(name)
+    try:
+        return zoo.missing(name)
+    except ModuleNotFoundError as error:  # older transformers import torchvision for some models
+        return str(error)
 
 
 def build(name: str, dtype: torch.dtype | None = None) -> tuple[Any, dict[str, Any]]:
