@@ -41,6 +41,8 @@ class Backbone:
         value_bias: name of a bias of the values that is kept outside their projection.
         cosine: whether scores are those of normalised queries and keys.
         score_bias: what the position bias adds to the score of a token on average, where it is not about 0.
+        one_graph: whether torch.compile sees the attention as one graph; where it breaks inside, the attention stays
+            uncompiled.
         where: regular expression that the path of the attention contains.
 
     A class with several kinds of attention has several lines; the first serves whose `where` and `key` fit, and an
@@ -63,6 +65,7 @@ class Backbone:
     value_bias: str | None = None
     cosine: bool = False
     score_bias: float = 0.0
+    one_graph: bool = True
     where: str = ""
 
 
@@ -190,7 +193,7 @@ BACKBONES: dict[str, Backbone | tuple[Backbone, ...]] = {
     "DonutSwinSelfAttention": _named("layernorm_before", windows=True),
     "MaskFormerSwinSelfAttention": _named("layernorm_before", windows=True),
     "HieraMaskUnitAttention": _qkv("layernorm_before"),
-    "VitDetAttention": _qkv("norm1", windows=True),
+    "VitDetAttention": _qkv("norm1", windows=True, one_graph=False),
     "SamVisionAttention": _qkv("layer_norm1", "num_attention_heads", windows=True),
     "SamHQVisionAttention": _qkv("layer_norm1", "num_attention_heads", windows=True),
     "GotOcr2VisionAttention": _qkv("layer_norm1", "num_attention_heads", windows=True),
@@ -200,9 +203,9 @@ BACKBONES: dict[str, Backbone | tuple[Backbone, ...]] = {
     "LwDetrViTAttention": Backbone("layernorm_before"),
     "Florence2VisionWindowAttention": _qkv("norm1", windows=True),
     # keys and values of fewer tokens: rows join after the reduction and do not pass it
-    "PvtEfficientSelfAttention": _named("layer_norm_1"),
+    "PvtEfficientSelfAttention": _named("layer_norm_1", one_graph=False),
     "PvtV2SelfAttention": _named("layer_norm_1"),
-    "GLPNEfficientSelfAttention": _named("layer_norm_1"),
+    "GLPNEfficientSelfAttention": _named("layer_norm_1", one_graph=False),
     "CvtSelfAttention": Backbone("layernorm_before", "projection_key", "projection_value", heads="num_heads"),
     # video and audio
     "VideoMAESelfAttention": _named("layernorm_before"),

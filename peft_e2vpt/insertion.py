@@ -49,12 +49,14 @@ class ShallowInsertion:
         self.adapter_name = adapter_name
         self.layer = layer
         self.prefix_tokens = layer.site.prefix_tokens  # class and register tokens, which stay before the prompts
-        self.mask_place = list(inspect.signature(blocks[0].forward).parameters).index("attention_mask")
         self.handles = [
             blocks[0].register_forward_pre_hook(self._insert, with_kwargs=True),
             blocks[-1].register_forward_hook(self._remove),
-            *[block.register_forward_pre_hook(self._widen_mask, with_kwargs=True) for block in blocks],
         ]
+        parameters = list(inspect.signature(blocks[0].forward).parameters)
+        if "attention_mask" in parameters:  # blocks of older transformers take none
+            self.mask_place = parameters.index("attention_mask")
+            self.handles += [block.register_forward_pre_hook(self._widen_mask, with_kwargs=True) for block in blocks]
 
     def detach(self) -> None:
         """Removes the hooks."""

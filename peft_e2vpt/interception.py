@@ -275,9 +275,18 @@ class AdaptedForward:
         return output
 
 
-def attach(attention: nn.Module, owner: RowOwner, name: str, heads: int) -> None:
+class UncompiledForward(AdaptedForward):
+    """The same, left alone by torch.compile, for an attention that it cannot see as one graph."""
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+def attach(attention: nn.Module, owner: RowOwner, name: str, heads: int, one_graph: bool) -> None:
     """Lets `owner` give rows to every later call of `attention`."""
-    attention.forward = AdaptedForward(attention, owner, name, heads)
+    forward = AdaptedForward if one_graph else UncompiledForward
+    attention.forward = forward(attention, owner, name, heads)
 
 
 def detach(attention: nn.Module) -> None:

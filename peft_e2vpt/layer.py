@@ -119,7 +119,9 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if self.eager_attention is not None:
             interface.attach(site.attention, self)
         else:
-            interception.attach(site.attention, self, site.name, site.num_key_value_heads)
+            interception.attach(
+                site.attention, self, site.name, site.num_key_value_heads, site.backbone.one_graph
+            )
         self.train(site.attention.training)
 
     @property

@@ -108,6 +108,8 @@ def build(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Builds the model `name` in eval mode, and a batch of two inputs for it; equal seeds give equal values."""
     family = FAMILIES[name]
+    if attn_implementation == "sdpa" and not getattr(transformers, family.model)._supports_sdpa:
+        attn_implementation = "eager"  # Swin before transformers 5.9
     config = getattr(transformers, family.config)(
         **family.settings, num_labels=NUM_LABELS, attn_implementation=attn_implementation
     )
