@@ -71,6 +71,7 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
     see the second part only. A run resumed from any checkpoint equals the straight run.
 
     Without `tokens`, `segments` and `max_tuned_percentage` the amounts are searched on the Trainer's evaluation set.
+    Works on one process or many, under DDP, FSDP2 and DeepSpeed's ZeRO; every process has the same gates and values.
 
     Args:
         prune_after (`float`, *optional*, defaults to 0.5):
@@ -108,7 +109,8 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: at construction or when training begins; an argument is impossible, the run is too short for two
-            parts, the model has no visual prompts, or a set to search on is missing.
+            parts, the model has no visual prompts, a set to search on is missing, or the run shards the model in a way
+            that hides the trained tensors (FSDP1, DeepSpeed without ZeRO, an optimizer on a disk).
     """
 
     def __init__(

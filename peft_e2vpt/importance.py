@@ -107,7 +107,7 @@ def score_prompts(
     The absolute value stands inside the expectation, per sample. One backward pass per batch gives the gradients of
     all gates of all samples, because every sample has gates of its own. Nothing of the model changes: parameters,
     their gradients, modes and random number generators stay as they are. Run by several processes, each on its share
-    of the data, all get the scores of the whole.
+    of the data, all get the scores of the whole; where the model is sharded, each needs a batch at least.
 
     Args:
         model: a PEFT model with E2VPT, also wrapped in DDP or compiled.
@@ -120,7 +120,7 @@ def score_prompts(
         seed: makes random augmentations of the data repeatable.
 
     Raises:
-        ValueError: there is nothing to score, no batch, or no loss.
+        ValueError: there is nothing to score, no batch (of a sharded model, in one process), or no loss.
         FloatingPointError: a gradient is not finite.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)

@@ -138,7 +138,7 @@ def search_pruning(
         seed: makes random augmentations of the data repeatable.
 
     Raises:
-        ValueError: the scores do not fit the model, or the dataloader is empty.
+        ValueError: the scores do not fit the model, or the dataloader is empty (of a sharded model, in one process).
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     adapter_name, layers = active_prompt_layers(model, adapter_name)

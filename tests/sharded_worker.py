@@ -120,6 +120,7 @@ def run(
         "end": trained_tensors(trainer.model),
         "history": history_of(trainer),
         "report": callback.report,
+        "best step": trainer.state.best_global_step,
         "summary": str(trainer.model.prompt_summary()),
         "model": trainer.model,
     }
@@ -162,6 +163,8 @@ def main(kind: str, out: Path) -> None:
     for step in (15, 5):
         dist.barrier()
         found[f"resumed{step}"] = run(out / "search", kind, PruneRewindCallback(), resume=step, **SAVING)
+    best = {"load_best_model_at_end": True, "label_names": ["labels"], "per_device_eval_batch_size": 4}
+    found["best"] = run(out / "best", kind, PruneRewindCallback(), **best, **SAVING)
     fresh = PruneRewindCallback(**HALF, rewind_to="fresh")
     found["fresh"] = run(out / "fresh", kind, fresh)
     if kind != "fsdp2":

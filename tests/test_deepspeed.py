@@ -131,6 +131,13 @@ def test_a_backbone_that_was_loaded_in_parts_gives_the_same_run(
         assert_same_run(rank["loaded in parts"], alone)
 
 
+def test_the_best_model_of_the_second_part_is_loaded_at_the_end(out: Path, ranks: Ranks) -> None:
+    steps = {rank["best"]["best step"] for rank in ranks}
+    assert steps == {15}  # neither of the first part nor the last
+    best, end = (load_file(out / "best" / name / "adapter_model.safetensors") for name in ("checkpoint-15", "adapter"))
+    assert_same_bits(end, best)
+
+
 @pytest.mark.parametrize("folder", ["adapter", "checkpoint-15"])
 def test_the_saved_adapter_is_compact_and_loads_back(out: Path, ranks: Ranks, folder: str) -> None:
     weights = load_file(out / "search" / folder / "adapter_model.safetensors")
