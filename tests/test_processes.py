@@ -187,6 +187,13 @@ def test_a_resumed_run_with_fsdp_equals_the_straight_run_to_the_bit(fsdp_ranks: 
         assert resumed["report"] == straight["report"] and resumed["history"] == straight["history"]
 
 
+def test_the_best_model_of_the_second_part_is_loaded_with_fsdp(fsdp_folder: Path, fsdp_ranks: Ranks) -> None:
+    assert {rank["best"]["best step"] for rank in fsdp_ranks} == {15}  # neither of the first part nor the last
+    folder = fsdp_folder / "best"
+    best, end = (load_file(folder / name / "adapter_model.safetensors") for name in ("checkpoint-15", "adapter"))
+    assert_same_bits(end, best)
+
+
 def test_the_adapter_of_a_model_that_fsdp_shards_is_compact(fsdp_folder: Path, fsdp_ranks: Ranks) -> None:
     weights = load_file(fsdp_folder / "search" / "adapter" / "adapter_model.safetensors")
     for name, tensor in fsdp_ranks[0]["search"]["end"].items():
