@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.scheduler import AcceleratedScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -45,6 +46,17 @@ def _running_trainer() -> Trainer:
     raise RuntimeError("PruneRewindCallback works inside Trainer.train(): pass it as Trainer(callbacks=[...]).")
 
 
+class _Prepared(DataLoader):
+    """Batches as the Trainer gives them to the model: on its device, and under DeepSpeed in its type."""
+
+    def __init__(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prepare = trainer._prepare_inputs
+
+    def __iter__(self) -> Any:
+        return map(self._prepare, super().__iter__())
+
+
 def _is_stream(dataset: Any) -> bool:
     """Whether a data set has no length or cannot be read at an index."""
     return isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset)
@@ -59,6 +71,7 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
     see the second part only. A run resumed from any checkpoint equals the straight run.
 
     Without `tokens`, `segments` and `max_tuned_percentage` the amounts are searched on the Trainer's evaluation set.
+    Works on one process or many, under DDP, FSDP2 and DeepSpeed's ZeRO; every process has the same gates and values.
 
     Args:
         prune_after (`float`, *optional*, defaults to 0.5):
@@ -96,7 +109,8 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: at construction or when training begins; an argument is impossible, the run is too short for two
-            parts, the model has no visual prompts, or a set to search on is missing.
+            parts, the model has no visual prompts, a set to search on is missing, or the run shards the model in a way
+            that hides the trained tensors (FSDP1, DeepSpeed without ZeRO, an optimizer on a disk).
     """
 
     def __init__(
@@ -201,14 +215,10 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
         """Checks that the run has room for its phases, and keeps the values to rewind to."""
         trainer = self._trainer = _running_trainer()
         model = trainer.model
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise ValueError(
-                "PruneRewindCallback does not work where DeepSpeed or FSDP shard the trained tensors: train with DDP "
-                "(E2VPT trains so few values that nothing is saved by sharding them)."
-            )
         if sum(isinstance(callback, PruneRewindCallback) for callback in trainer.callback_handler.callbacks) > 1:
             raise ValueError("The Trainer has more than one PruneRewindCallback: pass one.")
         adapter_name, layers = visual_prompt_layers(model)
+        self._check_sharding(trainer)
         self._check_sets(trainer)
         self._boundary = self._find_boundary(args, state, kwargs["train_dataloader"])
         self._check_amounts(trainer, adapter_name)
@@ -216,10 +226,13 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
             self._start(trainer, adapter_name)
         else:
             self._resume(state, args.output_dir)
+        scheduler, made_by_trainer = trainer.lr_scheduler, trainer._created_lr_scheduler
+        if isinstance(scheduler, AcceleratedScheduler):  # DeepSpeed steps it, and has the Trainer make it
+            scheduler, made_by_trainer = scheduler.scheduler, True
         self._schedule = TwoPartSchedule(
-            trainer.lr_scheduler,
+            scheduler,
             args,
-            trainer._created_lr_scheduler,
+            made_by_trainer,
             self._boundary,
             state.max_steps - self._boundary,
             self._second_start,
@@ -237,6 +250,28 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
                 f"has to end after step {first} to {state.max_steps - 1}. Train longer or change prune_after."
             )
         return boundary
+
+    @staticmethod
+    def _check_sharding(trainer: Trainer) -> None:
+        state = trainer.accelerator.state
+        if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1:
+            raise ValueError(
+                "PruneRewindCallback works under FSDP2, but this run uses FSDP1, which hides single parameters in "
+                "flat ones: set version to 2 in fsdp_config."
+            )
+        if not trainer.is_deepspeed_enabled:
+            return
+        plugin = state.deepspeed_plugin
+        if plugin.zero_stage == 0:
+            raise ValueError(
+                "PruneRewindCallback works under DeepSpeed's ZeRO, but the DeepSpeed configuration has stage 0: set "
+                "zero_optimization.stage to 1, 2 or 3."
+            )
+        if plugin.get_value("zero_optimization.offload_optimizer.device") == "nvme":
+            raise ValueError(
+                "PruneRewindCallback clears the state of the optimizer, which cannot be done on a disk: set "
+                "zero_optimization.offload_optimizer.device to 'cpu' or 'none', got 'nvme'."
+            )
 
     def _check_sets(self, trainer: Trainer) -> None:
         if _is_stream(trainer.train_dataset):
@@ -396,7 +431,8 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
         args = trainer.args
         share = Subset(dataset, range(args.process_index, len(dataset), args.world_size))
         collate = trainer.callback_handler.train_dataloader.collate_fn
-        return DataLoader(share, batch_size=batch_size, collate_fn=collate, num_workers=args.dataloader_num_workers)
+        workers = args.dataloader_num_workers
+        return _Prepared(trainer, share, batch_size=batch_size, collate_fn=collate, num_workers=workers)
 
     # --------------------------------------------------------------------------------------------------------- the end
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

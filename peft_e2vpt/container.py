@@ -110,13 +110,3 @@ def visual_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> t
             "least 1."
         )
     return adapter_name, prompted
-
-
-def reshard(model: nn.Module) -> None:
-    """Puts sharded parameters back in place where FSDP2 has left gathered copies after a forward pass.
-
-    A change in place would be lost with the copies.
-    """
-    for module in model.modules():
-        if hasattr(type(module), "reshard"):
-            module.reshard()  # type: ignore[operator]

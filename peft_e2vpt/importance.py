@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .config import E2VPTConfig
 from .layer import E2VPTLayer, GateOverride
 from .measuring import active_prompt_layers, batches, gates_on, no_trace, sum_over_processes
+from .sharding import is_sharded
 
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], Tensor]
@@ -106,7 +107,7 @@ def score_prompts(
     The absolute value stands inside the expectation, per sample. One backward pass per batch gives the gradients of
     all gates of all samples, because every sample has gates of its own. Nothing of the model changes: parameters,
     their gradients, modes and random number generators stay as they are. Run by several processes, each on its share
-    of the data, all get the scores of the whole.
+    of the data, all get the scores of the whole; where the model is sharded, each needs a batch at least.
 
     Args:
         model: a PEFT model with E2VPT, also wrapped in DDP or compiled.
@@ -119,28 +120,30 @@ def score_prompts(
         seed: makes random augmentations of the data repeatable.
 
     Raises:
-        ValueError: there is nothing to score, no batch, or no loss.
+        ValueError: there is nothing to score, no batch (of a sharded model, in one process), or no loss.
         FloatingPointError: a gradient is not finite.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     adapter_name, layers = active_prompt_layers(model, adapter_name)
     config = layers[0].e2vpt_config[adapter_name]
     assert config.token_gate is not None
-    device = layers[0].e2vpt_visual_prompts[adapter_name].device
+    device, sharded = layers[0].e2vpt_token_gates[adapter_name].device, is_sharded(model)
     sums = zero_scores(layers, config)
     token, segment = sums.token, sums.segment
     num_samples = num_batches = 0
     with no_trace(model, dataloader, seed), gates_on(config.token_gate, layers), torch.enable_grad():
         try:
-            for batch, batch_size in batches(dataloader, device, "Scoring prompts", max_batches):
-                counted = _labelled(batch, batch_size)
-                if not counted:
+            for batch in batches(dataloader, device, "Scoring prompts", max_batches, in_step=sharded):
+                counted = _labelled(batch.inputs, batch.size) if batch.counts else 0
+                if not counted and not sharded:
                     continue
-                leaves = _leaves(layers, adapter_name, config, batch_size)
+                leaves = _leaves(layers, adapter_name, config, batch.size)
                 for layer, pair in zip(layers, leaves * (len(layers) // len(leaves)), strict=True):
                     layer.gate_override = GateOverride(*pair, config.token_gate)
-                loss = _total_loss(model, batch, loss_fn, counted)
+                loss = _total_loss(model, batch.inputs, loss_fn, counted)
                 gradients = _gradients(loss, leaves)
+                if not counted:
+                    continue
                 if signed:
                     per_batch = [gradient.sum(0) / counted for gradient in gradients]
                 else:

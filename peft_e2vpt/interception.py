@@ -278,9 +278,8 @@ class AdaptedForward:
 class UncompiledForward(AdaptedForward):
     """The same, left alone by torch.compile, for an attention that it cannot see as one graph."""
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **kwargs)
+        return torch.compiler.disable(super().__call__)(*args, **kwargs)
 
 
 def attach(attention: nn.Module, owner: RowOwner, name: str, heads: int, one_graph: bool) -> None:

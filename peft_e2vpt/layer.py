@@ -21,6 +21,7 @@ from .combining import MixedBatch, one_per_sample, side_by_side
 from .config import E2VPTConfig
 from .gates import StoredGates
 from .merging import Sources
+from .sharding import assign, whole
 from .sites import AttentionSite
 
 
@@ -119,9 +120,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if self.eager_attention is not None:
             interface.attach(site.attention, self)
         else:
-            interception.attach(
-                site.attention, self, site.name, site.num_key_value_heads, site.backbone.one_graph
-            )
+            interception.attach(site.attention, self, site.name, site.num_key_value_heads, site.backbone.one_graph)
         self.train(site.attention.training)
 
     @property
@@ -179,14 +178,19 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def _create_visual_prompts(self, adapter_name: str, config: E2VPTConfig) -> None:
         count, segments = config.num_visual_prompts, config.num_segments
-        self.e2vpt_visual_prompts[adapter_name] = nn.Parameter(torch.zeros(count, self.site.width))
+        self.e2vpt_visual_prompts[adapter_name] = nn.Parameter(torch.zeros(self._visual_shape(config)))
         self.e2vpt_token_gates[adapter_name] = torch.ones(count)
         self.e2vpt_segment_gates[adapter_name] = torch.ones(count, segments)
 
     def _create_kv_prompts(self, adapter_name: str, config: E2VPTConfig) -> None:
+        self.e2vpt_kv_prompts[adapter_name] = nn.Parameter(torch.zeros(self._kv_shape(config)))
+
+    def _visual_shape(self, config: E2VPTConfig) -> tuple[int, ...]:
+        return config.num_visual_prompts, self.site.width
+
+    def _kv_shape(self, config: E2VPTConfig) -> tuple[int, ...]:
         site, copies = self.site, 1 if config.share_kv_prompts else 2
-        shape = (copies, site.num_key_value_heads, config.num_kv_prompts, site.head_dim)
-        self.e2vpt_kv_prompts[adapter_name] = nn.Parameter(torch.zeros(shape))
+        return copies, site.num_key_value_heads, config.num_kv_prompts, site.head_dim
 
     @torch.no_grad()
     def draw_prompts(self, adapter_name: str, seed: int | None) -> None:
@@ -200,11 +204,12 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         generator = None if seed is None else torch.Generator("cpu").manual_seed(seed + 7919 * self.index)
         fans = 3 * site.patch_area + site.width
         if adapter_name in self.e2vpt_visual_prompts:
-            prompts = self.e2vpt_visual_prompts[adapter_name]
-            prompts.copy_(_draw(prompts.shape, config.visual_prompt_init, site.width, fans, generator))
+            drawn = _draw(self._visual_shape(config), config.visual_prompt_init, site.width, fans, generator)
+            assign(self.e2vpt_visual_prompts[adapter_name], drawn)
         if adapter_name in self.e2vpt_kv_prompts:
-            prompts = self.e2vpt_kv_prompts[adapter_name]
-            prompts.copy_(_draw(prompts.shape, config.kv_prompt_init, prompts[0, 0].numel(), fans, generator))
+            fan_in = config.num_kv_prompts * site.head_dim
+            drawn = _draw(self._kv_shape(config), config.kv_prompt_init, fan_in, fans, generator)
+            assign(self.e2vpt_kv_prompts[adapter_name], drawn)
 
     # ------------------------------------------------------------------------------------------------------- the rows
     def rows(self, num_sequences: int, dtype: torch.dtype) -> Rows | None:
@@ -433,21 +438,16 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def alive(self, adapter_name: str) -> Tensor:
         """Which values of the visual prompts of an adapter take part: a boolean tensor (M, D)."""
-        config, prompts = self.e2vpt_config[adapter_name], self.e2vpt_visual_prompts[adapter_name]
         token, segment = self.e2vpt_token_gates[adapter_name], self.e2vpt_segment_gates[adapter_name]
-        return alive_values(token, segment, prompts.shape[-1], config.segment_layout)
+        return alive_values(token, segment, self.site.width, self.e2vpt_config[adapter_name].segment_layout)
 
     @torch.no_grad()
     def clear_pruned_values(self, adapter_name: str) -> None:
         """Sets pruned values to zero. Their gradient is zero, so an optimizer without momentum from before leaves them
         there; one with it moves them, to no effect, because the gates keep them out.
         """
-        prompts, alive = self.e2vpt_visual_prompts[adapter_name], self.alive(adapter_name)
-        if hasattr(prompts, "device_mesh"):  # sharded by FSDP2; every process has the same gates
-            from torch.distributed.tensor import distribute_tensor
-
-            alive = distribute_tensor(alive, prompts.device_mesh, prompts.placements, src_data_rank=None)
-        prompts.mul_(alive)
+        prompts = self.e2vpt_visual_prompts[adapter_name]
+        assign(prompts, whole(prompts) * self.alive(adapter_name))
 
     def refresh_kept_tokens(self) -> None:
         """Notes which prompts the gates keep; called whenever gates change."""

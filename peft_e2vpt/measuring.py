@@ -6,8 +6,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from itertools import islice
-from typing import Any
+from itertools import chain, islice, repeat
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .container import reshard, visual_prompt_layers
+from .container import visual_prompt_layers
 from .layer import E2VPTLayer
+from .sharding import reshard
 
 
 def active_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, list[E2VPTLayer]]:
@@ -98,22 +99,73 @@ def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+class Batch(NamedTuple):
+    """One batch of data on the device of the model.
+
+    Attributes:
+        inputs: what the model takes.
+        size: its number of samples.
+        largest: that of the largest batch among processes that keep step.
+        counts: whether it is new; to keep step, a process without further batches repeats its last one.
+    """
+
+    inputs: dict[str, Any]
+    size: int
+    largest: int
+    counts: bool
+
+
 def batches(
-    dataloader: Iterable[dict[str, Any]], device: torch.device, description: str, max_batches: int | None = None
-) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yields batches on a device, each with its number of samples, with transformers' progress bar on process 0."""
+    dataloader: Iterable[dict[str, Any]],
+    device: torch.device,
+    description: str,
+    max_batches: int | None = None,
+    in_step: bool = False,
+) -> Iterator[Batch]:
+    """Yields batches on a device, with transformers' progress bar on process 0.
+
+    Args:
+        dataloader: batches as the model takes them.
+        device: where they go.
+        description: of the progress bar.
+        max_batches: how many to use, by default all.
+        in_step: whether processes keep step, all with as many batches as the one with the most has.
+
+    Raises:
+        ValueError: processes keep step, and one has no batch at all.
+    """
     total = len(dataloader) if isinstance(dataloader, Sized) else None
     if max_batches is not None:
         total = max_batches if total is None else min(total, max_batches)
     hidden = True if _is_distributed() and torch.distributed.get_rank() else None
     bar = logging.tqdm(islice(dataloader, max_batches), total=total, desc=description, leave=False, disable=hidden)
-    for batch in bar:
-        batch = send_to_device(dict(batch), device)
-        yield batch, next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+    if not (in_step and _is_distributed()):
+        for batch in bar:
+            inputs = send_to_device(dict(batch), device)
+            yield Batch(inputs, _size(inputs), _size(inputs), True)
+        return
+    inputs = {}
+    for batch in chain(bar, repeat(None)):
+        inputs = inputs if batch is None else send_to_device(dict(batch), device)
+        found = torch.tensor([_size(inputs) if inputs else 0, batch is not None, not inputs], device=device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        largest, one_has_more, one_has_none = found.tolist()
+        if not one_has_more:
+            return
+        if one_has_none:
+            raise ValueError("The model is sharded, so every process needs a batch, but one has none: use more data.")
+        yield Batch(inputs, _size(inputs), largest, batch is not None)
+
+
+def _size(inputs: dict[str, Any]) -> int:
+    return next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
 
 
 def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
-    """Adds up what all processes hold; every process gets the same bits."""
+    """Adds up what all processes hold; every process gets the same bits.
+
+    `accelerate.utils.reduce` would add nothing up in a process group that was made without Accelerate's launchers.
+    """
     if not _is_distributed():
         return tensor
     summed = tensor.to(device)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .container import reshard, visual_prompt_layers
+from .container import visual_prompt_layers
 from .importance import ImportanceScores
+from .sharding import reshard
 
 
 MIN_TOKENS = 1

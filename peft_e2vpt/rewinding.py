@@ -7,9 +7,11 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from .container import prompt_layers, reshard
+from .container import prompt_layers
+from .sharding import assign, reshard, whole
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
@@ -28,8 +30,8 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Copies all tensors that training changes, of prompts and head, by name."""
-    return {name: tensor.detach().clone() for name, tensor in _trained(model).items()}
+    """Copies all tensors that training changes, of prompts and head, by name; in every process all of each."""
+    return {name: whole(tensor) for name, tensor in _trained(model).items()}
 
 
 @torch.no_grad()
@@ -44,7 +46,7 @@ def rewind(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         differing = sorted(trained.keys() ^ tensors.keys())
         raise ValueError(f"The model trains other parameters than those to rewind to: {', '.join(differing[:4])}.")
     for name, tensor in trained.items():
-        tensor.copy_(tensors[name])
+        assign(tensor, tensors[name])
     _clear_pruned_values(model)
 
 
@@ -55,6 +57,7 @@ def redraw(model: nn.Module, adapter_name: str, seed: int) -> None:
     Raises:
         ValueError: a module of the head has weights but no `reset_parameters`.
     """
+    reshard(model)
     for layer in prompt_layers(model):
         if adapter_name in layer.e2vpt_config:
             layer.draw_prompts(adapter_name, seed)
@@ -66,15 +69,29 @@ def redraw(model: nn.Module, adapter_name: str, seed: int) -> None:
     _clear_pruned_values(model)
 
 
+class _Reset(nn.Module):
+    """Draws a module anew when called, so that `functional_call` can put whole tensors in place of sharded ones."""
+
+    def __init__(self, module: nn.Module, base: PreTrainedModel | None) -> None:
+        super().__init__()
+        self.module, self._base = module, (base,)  # in a tuple, the base is no child
+
+    def forward(self) -> None:
+        self.module.reset_parameters()  # type: ignore[operator]
+        if self._base[0] is not None:
+            self._base[0]._init_weights(self.module)
+
+
 def _reset_parameters(head: nn.Module, model: nn.Module) -> None:
     base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     for module in head.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-            if base is not None:
-                base._init_weights(module)
-        elif any(True for _ in module.parameters(recurse=False)):
+        parameters = dict(module.named_parameters(recurse=False))
+        if callable(getattr(module, "reset_parameters", None)):
+            drawn = {f"module.{name}": whole(parameter) for name, parameter in parameters.items()}
+            functional_call(_Reset(module, base), drawn, ())
+            for name, parameter in parameters.items():
+                assign(parameter, drawn[f"module.{name}"])
+        elif parameters:
             raise ValueError(f"{type(module).__name__} in the head cannot be drawn anew: rewind to 'init' instead.")
 
 

@@ -52,7 +52,8 @@ class TwoPartSchedule:
         if not isinstance(scheduler, LambdaLR):
             raise ValueError(
                 f"The learning rate scheduler {type(scheduler).__name__} cannot start again after pruning: choose a "
-                "lr_scheduler_type of TrainingArguments such as 'linear' or 'cosine'."
+                "lr_scheduler_type of TrainingArguments such as 'linear' or 'cosine', and leave the scheduler out of "
+                "a DeepSpeed configuration."
             )
         if made_by_trainer:
             first, second = self._rebuild(args, first_steps), self._rebuild(args, second_steps)

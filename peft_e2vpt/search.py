@@ -16,6 +16,7 @@ from .importance import ImportanceScores
 from .layer import GateOverride
 from .measuring import active_prompt_layers, batches, gates_on, no_trace, sum_over_processes
 from .pruning import MIN_SEGMENTS, MIN_TOKENS, Gates, prune
+from .sharding import is_sharded
 
 
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -137,7 +138,7 @@ def search_pruning(
         seed: makes random augmentations of the data repeatable.
 
     Raises:
-        ValueError: the scores do not fit the model, or the dataloader is empty.
+        ValueError: the scores do not fit the model, or the dataloader is empty (of a sharded model, in one process).
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     adapter_name, layers = active_prompt_layers(model, adapter_name)
@@ -147,7 +148,7 @@ def search_pruning(
     removes = config.pruned_prompts == "remove"
     leave_sequence = removes and config.visual_prompt_mode == "shallow"  # for all samples of a batch or for none
     on = "attention" if removes and not leave_sequence else "embedding"
-    device = layers[0].e2vpt_visual_prompts[adapter_name].device
+    device = layers[0].e2vpt_token_gates[adapter_name].device
     widths = [layer.site.width for layer in layers]
     bounds = {"min_tokens": min_tokens, "min_segments": min_segments}
     candidates, gates = _distinct_candidates(scores, token_ratios, segment_ratios, widths, bounds)
@@ -157,12 +158,12 @@ def search_pruning(
     totals = torch.zeros(len(candidates) + 1, dtype=torch.float64)  # the last one counts samples
     with no_trace(model, dataloader, seed), gates_on(on, layers):
         try:
-            for batch, size in batches(dataloader, device, "Comparing prunings"):
-                group = max(max_rows // size, 1)
+            for batch in batches(dataloader, device, "Comparing prunings", in_step=is_sharded(model)):
+                size, group = batch.size, max(max_rows // batch.largest, 1)
                 for start, stop in _runs(token, group, alike=leave_sequence):
                     copies = {
                         name: torch.cat([value] * (stop - start)) if isinstance(value, Tensor) else value
-                        for name, value in batch.items()
+                        for name, value in batch.inputs.items()
                     }
                     if leave_sequence:
                         layers[0].e2vpt_kept_tokens[adapter_name] = token[start, 0].nonzero().flatten()
@@ -178,8 +179,9 @@ def search_pruning(
                             f"quality returns one number per sample, ({(stop - start) * size},), got shape "
                             f"{tuple(measured.shape)}."
                         )
-                    totals[start:stop] += measured.view(stop - start, size).sum(1).cpu()
-                totals[-1] += size
+                    if batch.counts:
+                        totals[start:stop] += measured.view(stop - start, size).sum(1).cpu()
+                totals[-1] += size if batch.counts else 0
         finally:
             for layer in layers:
                 layer.gate_override = None

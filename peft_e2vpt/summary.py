@@ -9,6 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .container import PromptLayers, prompt_layers
+from .sharding import numel
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,15 @@ def summarise(model: nn.Module, adapter_name: str) -> PromptSummary:
             segments = int(((layer.e2vpt_segment_gates[adapter_name] * gates[:, None]) != 0).sum())
             values = int(layer.alive(adapter_name).sum())
         if adapter_name in layer.e2vpt_kv_prompts:
-            values += layer.e2vpt_kv_prompts[adapter_name].numel()
+            values += numel(layer.e2vpt_kv_prompts[adapter_name])
         layers.append(PromptCount(layer.index, layer.site.name, tokens, segments, config.num_kv_prompts, values))
     num_head = 0
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             seen.update(id(parameter) for parameter in module.parameters())
             if adapter_name in module.modules_to_save:
-                num_head += sum(p.numel() for p in module.modules_to_save[adapter_name].parameters())
+                num_head += sum(map(numel, module.modules_to_save[adapter_name].parameters()))
         elif isinstance(module, PromptLayers):
             seen.update(id(parameter) for parameter in module.parameters())
-    num_backbone = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in seen)
+    num_backbone = sum(numel(parameter) for parameter in model.parameters() if id(parameter) not in seen)
     return PromptSummary(layers, sum(layer.num_values for layer in layers), num_head, num_backbone)

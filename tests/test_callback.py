@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -942,14 +943,32 @@ def test_a_model_without_adapter_is_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("kind", ["is_deepspeed_enabled", "is_fsdp_enabled"])
-def test_sharded_training_is_refused(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "state", "message"),
+    [
+        ("fsdp", {"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, "works under FSDP2, but this run uses FSDP1"),
+        ("deepspeed", {"deepspeed_plugin": SimpleNamespace(zero_stage=0)}, "configuration has stage 0"),
+        (
+            "deepspeed",
+            {
+                "deepspeed_plugin": SimpleNamespace(
+                    zero_stage=3, get_value=lambda key: "nvme" if "device" in key else ""
+                )
+            },
+            "cannot be done on a disk",
+        ),
+    ],
+)
+def test_training_that_hides_the_trained_tensors_is_refused(
+    kind: str, state: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     class Pretend(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            setattr(trainer, kind, True)
+            setattr(trainer, f"is_{kind}_enabled", True)
+            trainer.accelerator.state = SimpleNamespace(**state)
 
     trainer = trainer_for(tmp_path, None, callbacks=(Pretend(), PruneRewindCallback(**HALF)))
-    with pytest.raises(ValueError, match="does not work where DeepSpeed or FSDP shard the trained tensors"):
+    with pytest.raises(ValueError, match=message):
         trainer.train()
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from sharded_worker import assert_same_run
+from sharded_worker import run as sharded_run
 from torch import Tensor
 from training import HALF, assert_same_bits
 from worker import run, scores_and_search, sharded
@@ -51,9 +53,9 @@ def launch(*command: str, env: dict[str, str] | None = None) -> str:
     return output
 
 
-def torchrun(script: Path, *arguments: str) -> str:
+def torchrun(script: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
-    return launch(*launcher, "--master_port", str(free_port()), str(script), *arguments)
+    return launch(*launcher, "--master_port", str(free_port()), str(script), *arguments, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +150,57 @@ def test_a_model_that_fsdp_shards_is_pruned_and_rewound_like_one_in_one_process(
         assert found["search"][1] == alone["search"][1]
         assert [c.quality for c in found["search"][0]] == [c.quality for c in alone["search"][0]]
         assert_close(found["trained"], alone["trained"])
+        assert found["without data"].startswith("The model is sharded, so every process needs a batch")
     prompts = [tensor for name, tensor in alone["trained"].items() if "visual_prompts" in name]
     assert all(0 < int((tensor == 0).sum()) < tensor.numel() for tensor in prompts)
+
+
+# ----------------------------------------------------------------------------------------------- the Trainer and FSDP2
+@pytest.fixture(scope="module")
+def fsdp_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fsdp")
+    torchrun(HERE / "sharded_worker.py", "fsdp2", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fsdp_ranks(fsdp_folder: Path) -> Ranks:
+    return [torch.load(fsdp_folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(("name", "settings"), [("search", {}), ("fresh", {**HALF, "rewind_to": "fresh"})])
+def test_the_trainer_with_fsdp_trains_as_one_process(
+    fsdp_ranks: Ranks, name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    alone = sharded_run(tmp_path, "alone", PruneRewindCallback(**settings))
+    for rank in fsdp_ranks:
+        assert_same_run(rank[name], alone)
+        assert_same_bits(rank[name]["end"], fsdp_ranks[0][name]["end"])
+        assert rank["no effect"] is True
+
+
+@pytest.mark.parametrize("step", [15, 5])
+def test_a_resumed_run_with_fsdp_equals_the_straight_run_to_the_bit(fsdp_ranks: Ranks, step: int) -> None:
+    for rank in fsdp_ranks:
+        straight, resumed = rank["search"], rank[f"resumed{step}"]
+        assert_same_bits(resumed["end"], straight["end"])
+        assert resumed["report"] == straight["report"] and resumed["history"] == straight["history"]
+
+
+def test_the_best_model_of_the_second_part_is_loaded_with_fsdp(fsdp_folder: Path, fsdp_ranks: Ranks) -> None:
+    assert {rank["best"]["best step"] for rank in fsdp_ranks} == {15}  # neither of the first part nor the last
+    folder = fsdp_folder / "best"
+    best, end = (load_file(folder / name / "adapter_model.safetensors") for name in ("checkpoint-15", "adapter"))
+    assert_same_bits(end, best)
+
+
+def test_the_adapter_of_a_model_that_fsdp_shards_is_compact(fsdp_folder: Path, fsdp_ranks: Ranks) -> None:
+    weights = load_file(fsdp_folder / "search" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in fsdp_ranks[0]["search"]["end"].items():
+        if "visual_prompts" in name:
+            stored = weights[name.removesuffix(".default")]
+            assert torch.equal(stored, tensor[tensor != 0] if stored.dim() == 1 else tensor)
+    assert any(tensor.dim() == 1 for name, tensor in weights.items() if "visual_prompts" in name)
 
 
 # ---------------------------------------------------------------------------------------- a training loop of one's own
