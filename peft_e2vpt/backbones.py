@@ -158,10 +158,10 @@ BACKBONES: dict[str, Backbone | tuple[Backbone, ...]] = {
     "LayoutLMv3SelfAttention": _named(None),
     "Data2VecVisionSelfAttention": _named("layernorm_before"),
     "MobileViTSelfAttention": _named("layernorm_before"),
-    "SegGptAttention": _qkv("layernorm_before", "num_attention_heads"),
+    "SegGptAttention": _qkv("layernorm_before", "num_attention_heads", one_graph=False),
     "ImageGPTAttention": Backbone("ln_1", "c_attn", "c_attn", heads="num_heads"),
     "PerceiverSelfAttention": Backbone("layernorm1", "key", "value", heads="num_heads", where=r"self_attends\."),
-    "GroupViTAttention": Backbone("layer_norm1", where=r"\.self_attn$"),
+    "GroupViTAttention": Backbone("layer_norm1", one_graph=False, where=r"\.self_attn$"),
     "LevitAttention": Backbone(
         None,
         "queries_keys_values",

@@ -124,6 +124,11 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.train(site.attention.training)
 
     @property
+    def socket(self) -> str:
+        """How rows reach the attention: by transformers' `"interface"`, or by `"interception"` of its arithmetic."""
+        return "interception" if self.eager_attention is None else "interface"
+
+    @property
     def attention_config(self) -> Any:
         """The config that tells the attention's implementation; `None` where the attention asks none."""
         return None if self.eager_attention is None else interface.config_of(self.site.attention)

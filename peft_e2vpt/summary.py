@@ -23,6 +23,8 @@ class PromptCount:
         num_segments: segments alive in them.
         num_kv_prompts: key-value prompts.
         num_values: trained values that take part.
+        socket: how its rows reach it: `"interface"` where it asks transformers for its attention, `"interception"`
+            where it computes one by itself.
     """
 
     index: int
@@ -31,6 +33,7 @@ class PromptCount:
     num_segments: int
     num_kv_prompts: int
     num_values: int
+    socket: str
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,10 @@ class PromptSummary:
         return 100.0 * self.num_tuned_values / (self.num_tuned_values + self.num_backbone_values)
 
     def __str__(self) -> str:
-        lines = [f"{'layer':>5}  {'prompts':>7}  {'segments':>8}  {'kv prompts':>10}  {'values':>9}  attention"]
+        lines = [f"{'layer':>5}  {'prompts':>7}  {'segments':>8}  {'kv prompts':>10}  {'values':>9}  {'socket':<12}  attention"]
         lines += [
             f"{layer.index:>5}  {layer.num_visual_prompts:>7}  {layer.num_segments:>8}  {layer.num_kv_prompts:>10}  "
-            f"{layer.num_values:>9,}  {layer.name}"
+            f"{layer.num_values:>9,}  {layer.socket:<12}  {layer.name}"
             for layer in self.layers
         ]
         lines.append(
@@ -89,7 +92,9 @@ def summarise(model: nn.Module, adapter_name: str) -> PromptSummary:
             values = int(layer.alive(adapter_name).sum())
         if adapter_name in layer.e2vpt_kv_prompts:
             values += numel(layer.e2vpt_kv_prompts[adapter_name])
-        layers.append(PromptCount(layer.index, layer.site.name, tokens, segments, config.num_kv_prompts, values))
+        layers.append(
+            PromptCount(layer.index, layer.site.name, tokens, segments, config.num_kv_prompts, values, layer.socket)
+        )
     num_head = 0
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
