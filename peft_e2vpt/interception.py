@@ -168,7 +168,8 @@ class _Interception(TorchFunctionMode):
             kwargs.update(static_k=key.flatten(0, 1), static_v=value.flatten(0, 1), attn_mask=mask, is_causal=False)
             kwargs["key_padding_mask"] = None
             self.joined = True
-            key = value = query
+            # not used where finished ones are given, but their length is checked against the mask
+            key = value = query.new_zeros(key.shape[2], num_sequences, embed_dim)
         return func(query, key, value, embed_dim, num_heads, weight, bias, *others, **kwargs)
 
     # ------------------------------------------------------------------------------------------- scores, step by step
