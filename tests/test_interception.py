@@ -16,9 +16,8 @@ from models import NAMES, build, output_of
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from peft_e2vpt import E2VPTConfig, score_prompts
+from peft_e2vpt import E2VPTConfig, interception, score_prompts
 from peft_e2vpt import attention as interface
-from peft_e2vpt import interception
 from peft_e2vpt.attention import Rows
 from peft_e2vpt.container import prompt_layers
 
