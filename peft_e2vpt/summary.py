@@ -63,9 +63,8 @@ class PromptSummary:
         return 100.0 * self.num_tuned_values / (self.num_tuned_values + self.num_backbone_values)
 
     def __str__(self) -> str:
-        lines = [
-            f"{'layer':>5}  {'prompts':>7}  {'segments':>8}  {'kv prompts':>10}  {'values':>9}  {'socket':<12}  attention"
-        ]
+        counts = f"{'layer':>5}  {'prompts':>7}  {'segments':>8}  {'kv prompts':>10}  {'values':>9}"
+        lines = [f"{counts}  {'socket':<12}  attention"]
         lines += [
             f"{layer.index:>5}  {layer.num_visual_prompts:>7}  {layer.num_segments:>8}  {layer.num_kv_prompts:>10}  "
             f"{layer.num_values:>9,}  {layer.socket:<12}  {layer.name}"
