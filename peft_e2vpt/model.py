@@ -294,6 +294,8 @@ class E2VPTModel(BaseTuner):
         tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        # not what another method has put into the model under the same name
+        tensors = {key: tensor for key, tensor in tensors.items() if ".e2vpt_" in key or ".modules_to_save." in key}
         return without_pruned_values(model, tensors, adapter_name)
 
     @classmethod

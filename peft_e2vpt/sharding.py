@@ -48,7 +48,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def numel(parameter: Any) -> int:
-    """How many values a parameter has in all processes together."""
+    """How many values a parameter has, in all processes together and however they are packed (4 bit)."""
+    packed = getattr(parameter, "quant_state", None)
+    if packed is not None:
+        return int(packed.shape.numel())
     return int(parameter.ds_numel if _is_partitioned(parameter) else parameter.numel())
 
 

@@ -108,7 +108,8 @@ def check_modules_to_save(model: nn.Module, names: list[str], targets: list[str]
     """Checks that every name is that of a module without adapted self-attention.
 
     Raises:
-        ValueError: a name is unknown, that of a single parameter, or that of a module with an adapted attention.
+        ValueError: a name is unknown, that of a single parameter, that of a module with an adapted attention, or that
+            of a quantised module.
     """
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters()]
@@ -119,7 +120,13 @@ def check_modules_to_save(model: nn.Module, names: list[str], targets: list[str]
                 f"modules_to_save names {name!r}, which holds the adapted self-attention {adapted[0]}: a module "
                 "is either trained in full or adapted. Leave the attention out with exclude_modules."
             )
-        if any(matches(module, [name]) for module in modules):
+        found = [module for path, module in model.named_modules() if matches(path, [name])]
+        if any(not parameter.is_floating_point() for module in found for parameter in module.parameters()):
+            raise ValueError(
+                f"The weights of {name!r} are quantised, so it cannot be trained in full. Leave it out when the model "
+                f"is loaded: BitsAndBytesConfig(..., llm_int8_skip_modules=[{name!r}])."
+            )
+        if found:
             continue
         if any(matches(parameter, [name]) for parameter in parameters):
             raise ValueError(
