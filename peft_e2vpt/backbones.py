@@ -236,7 +236,7 @@ BACKBONES: dict[str, Backbone | tuple[Backbone, ...]] = {
     "timm.models.swin_transformer.WindowAttention": _qkv("norm1", windows=True),
     "timm.models.swin_transformer_v2.WindowAttention": _qkv(None, value_bias="v_bias", **_SWIN_V2),
     "timm.models.pvt_v2.Attention": Backbone("norm1", "kv", "kv", parts=2, heads="num_heads"),
-    "timm.models.cait.TalkingHeadAttn": _qkv("norm1"),
+    "timm.models.cait.TalkingHeadAttn": _qkv("norm1", one_graph=False),
     "timm.models.cait.ClassAttn": Backbone("norm1", "k", "v", heads="num_heads"),
     "timm.models.levit.Attention": _qkv(None, per_head=True, value_dim="val_attn_dim"),
     "timm.models.levit.AttentionDownsample": Backbone(
