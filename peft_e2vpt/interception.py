@@ -202,7 +202,7 @@ class _Interception(TorchFunctionMode):
     ) -> Any:
         if name in PRODUCTS:
             return self._product(func(*args, **kwargs), scores, of_rows, args)
-        if name == "softmax":
+        if name == "softmax" and (kwargs["dim"] if "dim" in kwargs else args[1]) in (-1, scores.dim() - 1):
             return self._softmax(func, scores, of_rows, args, kwargs)
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor) or name.startswith("new_") or name.endswith("_like"):

@@ -167,6 +167,11 @@ def test_an_attention_that_does_something_unknown_to_its_scores_is_named() -> No
         run_with_rows(Attention(lambda scores: scores.cumsum(dim=-1)))
 
 
+def test_a_softmax_over_queries_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="the attention applies torch's softmax"):
+        run_with_rows(Attention(lambda scores: scores.softmax(dim=-2)))
+
+
 def test_scores_that_are_weighted_key_by_key_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="the attention applies torch's mul"):
         run_with_rows(Attention(lambda scores: torch.mul(scores, torch.rand(5, dtype=torch.float64))))
