@@ -184,3 +184,25 @@ def test_prompts_that_an_attention_has_not_used_are_an_error() -> None:
 
     with pytest.raises(RuntimeError, match="the attention .Pooling. has not used its prompts.*exclude_modules"):
         run_with_rows(Pooling())
+
+
+# ---------------------------------------------------------------------------------------------------- mixed precision
+@pytest.mark.parametrize("name", OWN)
+def test_an_autocast_forward_pass_is_close_and_gives_float32_gradients(name: str) -> None:
+    model, inputs = checks.adapt(name)
+    expected = checks.run(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = checks.run(model, inputs)
+    output.float().square().sum().backward()
+    assert checks.apart(output.float(), expected) < 0.1
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_bfloat16_backbone_takes_float32_prompts(name: str) -> None:
+    model, inputs = checks.build(name, torch.bfloat16)
+    model = get_peft_model(model, checks.config()).eval()
+    checks.run(model, inputs).float().square().sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in trained)

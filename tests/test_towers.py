@@ -156,3 +156,46 @@ def test_a_text_encoder_takes_prompts_and_hides_its_padding(name: str, implement
         assert layer.e2vpt_visual_prompts["default"].grad.abs().sum() > 0
         assert layer.e2vpt_kv_prompts["default"].grad.abs().sum() > 0
     assert any("classifier" in n for n, p in model.named_parameters() if p.requires_grad and p.grad is not None)
+
+
+# --------------------------------------------------------------------------------------------------------- input sizes
+SIZED: dict[str, Any] = {
+    "vit": (transformers.ViTModel, transformers.ViTConfig(**SIZES, **PICTURES), {"interpolate_pos_encoding": True}),
+    "deit": (transformers.DeiTModel, transformers.DeiTConfig(**SIZES, **PICTURES), {"interpolate_pos_encoding": True}),
+    "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config(**SIZES, **PICTURES), {}),
+    "dinov3": (transformers.DINOv3ViTModel, transformers.DINOv3ViTConfig(**SIZES, **PICTURES), {}),
+    "clip": (
+        transformers.CLIPVisionModel,
+        transformers.CLIPVisionConfig(**SIZES, **PICTURES),
+        {"interpolate_pos_encoding": True},
+    ),
+    "swin": (
+        transformers.SwinModel,
+        transformers.SwinConfig(
+            image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4
+        ),
+        {"interpolate_pos_encoding": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast", "channels last"])
+@pytest.mark.parametrize("shape", [(32, 32), (48, 48), (32, 64)], ids=str)
+@pytest.mark.parametrize("name", SIZED)
+def test_any_picture_that_the_backbone_takes_gives_every_prompt_a_gradient(
+    name: str, shape: tuple[int, int], precision: str
+) -> None:
+    model_class, model_config, arguments = SIZED[name]
+    base = model_class(model_config).eval()
+    pixels = torch.randn(2, 3, *shape)
+    if precision == "channels last":
+        base, pixels = base.to(memory_format=torch.channels_last), pixels.to(memory_format=torch.channels_last)
+    expected = base(pixels, **arguments).last_hidden_state.shape
+    model = get_peft_model(base, config())
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16 autocast"):
+        output = model(pixel_values=pixels, **arguments).last_hidden_state
+    assert output.shape == expected
+    output.float().square().mean().backward()
+    for layer in prompt_layers(model):
+        for prompts in (layer.e2vpt_visual_prompts["default"], layer.e2vpt_kv_prompts["default"]):
+            assert prompts.grad.dtype == torch.float32 and prompts.grad.abs().sum() > 0
