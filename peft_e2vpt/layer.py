@@ -156,7 +156,12 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
         parameters = list(base_layer.parameters())
         dtypes = [parameter.dtype for parameter in parameters if parameter.dtype.is_floating_point]
-        return parameters[0].device, dtypes[0] if dtypes else None
+        device = parameters[0].device
+        for module in base_layer.modules():
+            hook: Any = getattr(module, "_hf_hook", None)
+            if device.type == "meta" and getattr(hook, "offload", False):  # by Accelerate, which brings it back to run
+                device = torch.device(hook.execution_device)
+        return device, dtypes[0] if dtypes else None
 
     def update_layer(
         self, adapter_name: str, config: E2VPTConfig, has_visual_prompts: bool, kv_source: E2VPTLayer | None

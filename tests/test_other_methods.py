@@ -84,6 +84,30 @@ def test_mixed_models_of_peft_are_refused_by_peft() -> None:
         get_peft_model(model, E2VPTConfig(**CONFIG), mixed=True)
 
 
+# ------------------------------------------------------------------------------------------------- weights elsewhere
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("name", ["vit", "dinov2", "swin", "clip"])
+def test_a_backbone_on_a_device_map_trains_and_answers_as_a_whole_one(name: str, place: str, tmp_path: Path) -> None:
+    whole, inputs = build(name)
+    whole.save_pretrained(tmp_path / "base")
+    children = [child for child, _ in whole.named_children()]
+    device_map = {child: place if child != "classifier" else "cpu" for child in children}
+    base = type(whole).from_pretrained(tmp_path / "base", device_map=device_map, offload_folder=tmp_path / "disk")
+    expected = output_of(get_peft_model(whole, E2VPTConfig(**CONFIG)).eval()(**inputs))
+    model = get_peft_model(base, E2VPTConfig(**CONFIG)).eval()
+    output = output_of(model(**inputs))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+    output.square().sum().backward()
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert all(p.device.type == "cpu" and p.grad.abs().sum() > 0 for p in trained.values())
+
+
+def test_the_classes_that_must_not_be_split_are_those_of_the_base_model() -> None:
+    model, _ = build("vit")
+    classes = model._no_split_modules
+    assert classes and get_peft_model(model, E2VPTConfig(**CONFIG))._no_split_modules == classes
+
+
 # --------------------------------------------------------------------------------------------------------- quantised
 def quantised(tmp_path: Path, **settings: Any) -> Any:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
