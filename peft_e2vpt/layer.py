@@ -117,8 +117,10 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self._handles: list[Any] = []
         if site.backbone.windows:
             self._handles.append(site.block.register_forward_pre_hook(self._count_samples))
+        self._was_asked = False
         if self.eager_attention is not None:
             interface.attach(site.attention, self)
+            self._handles.append(site.attention.register_forward_hook(self._check_that_rows_were_asked_for))
         else:
             interception.attach(site.attention, self, site.name, site.num_key_value_heads, site.backbone.one_graph)
         self.train(site.attention.training)
@@ -141,6 +143,17 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             interception.detach(self.site.attention)
         for handle in self._handles:
             handle.remove()
+
+    def _check_that_rows_were_asked_for(self, attention: nn.Module, args: Any, output: Any) -> None:
+        """Makes sure that prompts never train without an effect, whatever way a model file takes to its attention."""
+        if torch.compiler.is_compiling():
+            return
+        if not self._was_asked:
+            raise RuntimeError(
+                f"{self.site.name} ({type(attention).__name__}) has not used its prompts: it has computed its attention "
+                "without asking transformers' attention interface. Leave it out with exclude_modules."
+            )
+        self._was_asked = False
 
     def _count_samples(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         """Notes how many samples a windowed block sees before they are cut into windows, where samples differ."""
@@ -237,6 +250,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: a mixed batch has more or fewer adapter names than samples.
         """
+        if not torch.compiler.is_compiling():
+            self._was_asked = True
         if self.disable_adapters:
             return None
         rows = self._rows_of_adapters(num_sequences, dtype)

@@ -186,6 +186,15 @@ def test_prompts_that_an_attention_has_not_used_are_an_error() -> None:
         run_with_rows(Pooling())
 
 
+def test_an_attention_that_leaves_the_interface_aside_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build("vit")
+    model = get_peft_model(model, E2VPTConfig(**CONFIG)).eval()
+    attention_class = type(model.get_base_model().vit.layers[0].attention)
+    monkeypatch.setattr(attention_class, "forward", lambda self, hidden, *args, **kwargs: (hidden, None))
+    with pytest.raises(RuntimeError, match="vit.layers.0.attention .ViTAttention. has not used its prompts"):
+        model(**inputs)
+
+
 # ---------------------------------------------------------------------------------------------------- mixed precision
 @pytest.mark.parametrize("name", OWN)
 def test_an_autocast_forward_pass_is_close_and_gives_float32_gradients(name: str) -> None:
