@@ -150,8 +150,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             return
         if not self._was_asked:
             raise RuntimeError(
-                f"{self.site.name} ({type(attention).__name__}) has not used its prompts: it has computed its attention "
-                "without asking transformers' attention interface. Leave it out with exclude_modules."
+                f"{self.site.name} ({type(attention).__name__}) has not used its prompts: it has computed "
+                "its attention without asking transformers' attention interface. Leave it out with exclude_modules."
             )
         self._was_asked = False
 
