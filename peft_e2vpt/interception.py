@@ -22,8 +22,9 @@ from .attention import RowOwner, Rows, join_rows, per_sequence
 
 PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")
 SCALINGS = ("mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_")
-# what changes single scores: the rows have no position bias, and every query sees them
-MASKINGS = ("add", "__add__", "__radd__", "__iadd__", "add_", "masked_fill", "masked_fill_", "where")
+# a position bias or mask shifts single scores, and not those of the rows, which have no position and are seen by all
+SHIFTS = ("add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__isub__", "sub_")
+MASKINGS = ("masked_fill", "masked_fill_", "where")
 RESHAPINGS = ("view", "reshape", "unsqueeze", "squeeze", "flatten", "view_as", "reshape_as")
 # what treats all scores alike, or mixes them over other dimensions than that of the keys
 COPYINGS = (
@@ -77,11 +78,6 @@ def _like(rows: Tensor, query: Tensor) -> Tensor:
     return rows
 
 
-def _scales_all_keys(scores: Tensor, args: tuple[Any, ...]) -> bool:
-    factors = [argument for argument in args if argument is not scores]
-    return all(not isinstance(f, Tensor) or f.dim() == 0 or f.shape[-1] == 1 for f in factors)
-
-
 class _Interception(TorchFunctionMode):
     """Watches one forward pass of one attention.
 
@@ -95,6 +91,7 @@ class _Interception(TorchFunctionMode):
         self.owner, self.name, self.heads = owner, name, heads
         self.rows: Rows | None = None
         self.asked = self.joined = False
+        self._num_keys = 0
         self._followed: list[tuple[Tensor, Tensor]] = []  # scores or weights, and those of the rows
         self._bias: Tensor | None = None
 
@@ -185,6 +182,7 @@ class _Interception(TorchFunctionMode):
         self.rows = self.owner.rows(num_sequences, query.dtype)
         if self.rows is not None:
             keys = _like(per_sequence(self.rows.key.to(query.dtype), num_sequences), query)
+            self._num_keys = product.shape[-1]
             self._followed.append((product, query @ keys.transpose(-2, -1)))
             if self.rows.score_bias is not None:
                 bias = per_sequence(self.rows.score_bias, num_sequences)[:, None, None, :]
@@ -205,21 +203,30 @@ class _Interception(TorchFunctionMode):
         if name == "softmax" and (kwargs["dim"] if "dim" in kwargs else args[1]) in (-1, scores.dim() - 1):
             return self._softmax(func, scores, of_rows, args, kwargs)
         result = func(*args, **kwargs)
-        if not isinstance(result, Tensor) or name.startswith("new_") or name.endswith("_like"):
+        if not isinstance(result, Tensor) or name == "amax" or name.startswith("new_") or name.endswith("_like"):
             return result
-        if name in COPYINGS or (name in SCALINGS and _scales_all_keys(scores, args)):
+        if name in COPYINGS or (name in SCALINGS + SHIFTS and self._treats_all_keys_alike(scores, args)):
             parts = [of_rows if argument is scores else argument for argument in args]
             of_rows = func(*parts, **kwargs)
         elif name in RESHAPINGS:
             if result.shape[-1] == scores.shape[-1]:
                 of_rows = of_rows.reshape(*result.shape[:-1], of_rows.shape[-1])
-        elif name not in MASKINGS:
+        elif name not in SHIFTS + MASKINGS:
             raise NotImplementedError(
                 f"{self.name} applies torch's {name} to its attention scores, and what that means for prompts is not "
                 "known: leave this attention out with exclude_modules."
             )
         self._followed.append((result, of_rows))
         return result
+
+    def _treats_all_keys_alike(self, scores: Tensor, args: tuple[Any, ...]) -> bool:
+        """Whether what scores are multiplied with or added to is a number for all keys of a query."""
+        others = [argument for argument in args if argument is not scores]
+        keys_are_last = scores.shape[-1] == self._num_keys  # not where they are unfolded to a map
+        return all(
+            not isinstance(other, Tensor) or other.dim() == 0 or (keys_are_last and other.shape[-1] == 1)
+            for other in others
+        )
 
     def _softmax(
         self,

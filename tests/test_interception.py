@@ -162,6 +162,22 @@ def test_rows_take_part_in_the_softmax_without_position_bias_or_mask() -> None:
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    "shift",
+    [
+        lambda scores: scores - scores.amax(dim=-1, keepdim=True),
+        lambda scores: scores + torch.arange(5.0, dtype=torch.float64)[:, None],
+        lambda scores: (scores / 8 - (scores / 8).amax(dim=-1).unsqueeze(-1)) * 8,
+        lambda scores: scores + 3,
+    ],
+    ids=["largest score", "number per query", "CogView's way", "number"],
+)
+def test_a_shift_of_all_scores_of_a_query_changes_nothing(shift: Any) -> None:
+    plain, _, _ = run_with_rows(Attention(lambda scores: scores))
+    shifted, _, _ = run_with_rows(Attention(shift))
+    torch.testing.assert_close(shifted, plain, rtol=0, atol=1e-13)
+
+
 def test_an_attention_that_does_something_unknown_to_its_scores_is_named() -> None:
     with pytest.raises(NotImplementedError, match="the attention applies torch's cumsum.*exclude_modules"):
         run_with_rows(Attention(lambda scores: scores.cumsum(dim=-1)))
