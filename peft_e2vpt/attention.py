@@ -187,6 +187,11 @@ def join_rows(rows: Rows, key: Tensor, value: Tensor, mask: Any, dtype: torch.dt
     return key, value, mask
 
 
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """What sdpa hides without a mask where it is causal, (1, 1, N, N): it aligns queries with the first keys."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril()[None, None]
+
+
 def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
     """As transformers' sdpa decides it for calls without a mask."""
     causal = kwargs.get("is_causal")
@@ -221,8 +226,7 @@ def attend_with_rows(
         if "flash" in implementation:  # aligns a causal mask with the last keys
             rows = rows._replace(num_behind=0)
         elif implementation == "sdpa" and attention_mask is None and _is_causal(module, kwargs):
-            # sdpa aligns it with the first keys, which are rows now
-            attention_mask = torch.ones(num_keys, num_keys, dtype=torch.bool, device=key.device).tril()[None, None]
+            attention_mask = causal_mask(num_keys, num_keys, key.device)  # made before rows become the first keys
         if kwargs.get("position_bias") is not None:
             columns = (rows.key.shape[2] - rows.num_behind, rows.num_behind)
             kwargs["position_bias"] = F.pad(kwargs["position_bias"], columns)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .attention import RowOwner, Rows, join_rows, per_sequence
+from .attention import RowOwner, Rows, causal_mask, join_rows, per_sequence
 
 
 PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")
@@ -128,8 +128,7 @@ class _Interception(TorchFunctionMode):
         if self.rows is not None:
             rows = _with_heads(self.rows, key.shape[1])
             if is_causal:
-                num_queries, num_keys = query.shape[2], key.shape[2]
-                attn_mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril()[None, None]
+                attn_mask = causal_mask(query.shape[2], key.shape[2], key.device)
             key, value, attn_mask = join_rows(rows, key, value, attn_mask, query.dtype)
             is_causal, self.joined = False, True
         return func(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)

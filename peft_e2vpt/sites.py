@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,12 +77,12 @@ class AttentionSite:
     backbone: Backbone
     config: Any
 
-    @property
+    @cached_property
     def width(self) -> int:
         """D, the width of the tokens that the attention sees."""
         return _widths(getattr(self.attention, self.backbone.key))[0]
 
-    @property
+    @cached_property
     def num_key_value_heads(self) -> int:
         """H, the heads of keys and values."""
         if self.backbone.heads is not None:
@@ -90,7 +91,7 @@ class AttentionSite:
             getattr(self.attention, self.backbone.head_dim)
         )
 
-    @property
+    @cached_property
     def key_dim(self) -> int:
         """The size of one head of the keys."""
         heads, out = self.num_key_value_heads, _widths(getattr(self.attention, self.backbone.key))[1]
@@ -98,7 +99,7 @@ class AttentionSite:
             return out // heads
         return (out // heads - self.value_dim) // (self.backbone.parts - 1)
 
-    @property
+    @cached_property
     def value_dim(self) -> int:
         """The size of one head of the values."""
         heads, out = self.num_key_value_heads, _widths(getattr(self.attention, self.backbone.value))[1]
