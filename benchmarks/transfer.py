@@ -247,7 +247,7 @@ class Bench:
             trainer.train()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             report = callbacks[0].report if callbacks else None
-            chosen = report.candidates[report.chosen] if report is not None else None
+            searched = report is not None and report.chosen is not None
             return {
                 "validation_accuracy": trainer.evaluate(validation)["eval_accuracy"],
                 "test_accuracy": trainer.evaluate(test)["eval_accuracy"],
@@ -256,7 +256,7 @@ class Bench:
                 "parameters": num_parameters,
                 "seconds": wall,
                 "cpu_seconds": cpu,
-                "pruned": chosen and {name: chosen[name] for name in ("token_ratio", "segment_ratio")},
+                "pruning": report.candidates[report.chosen] if searched else None,
             }
 
     def training_arguments(self, folder: str, learning_rate: float, seed: int, num_prunings: int) -> TrainingArguments:

@@ -1,7 +1,7 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """Builds the tables of the transfer suite from its result lines, and a picture: accuracy against trained parameters.
 
-    python benchmarks/transfer_table.py outputs/transfer.jsonl [--picture transfer.png]
+    python benchmarks/transfer_table.py outputs/transfer.jsonl [--methods linear e2vpt] [--picture transfer.png]
 
 Accuracies are per cent on test pictures: mean over the seeds, each with the learning rate that was best on validation
 pictures with seed 0. A method is in the means of groups and tasks only where it has run on every task of the table.
@@ -143,9 +143,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--picture", type=Path, help="Write the picture to this file.")
+    parser.add_argument("--methods", nargs="+", help="Methods to show. Default: all.")
     parser.add_argument("--against", nargs="+", default=["vpt-deep", "full", "linear", "lora"])
     args = parser.parse_args()
-    rows = list(Results(args.results))
+    rows = [row for row in Results(args.results) if args.methods is None or row["method"] in args.methods]
     if not rows:
         raise SystemExit(f"{args.results} has no results: run benchmarks/transfer.py first.")
     chosen = chosen_rows(rows)
