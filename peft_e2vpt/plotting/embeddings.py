@@ -67,11 +67,11 @@ def plot_embeddings(
 ) -> Figure:
     """Draws embeddings of the same pictures by several models, in the plane and in the Poincare disk.
 
-    Above, the first two principal components of each model, in units of its embeddings. Below, the same two, divided
-    by the standard deviation of the first, as vectors of the tangent plane, mapped into the disk by the exponential
-    map at the origin (`poincare_disk`). Both halves show one projection: the disk spreads what is near the mean and
-    gathers at the rim what is far from it, and no hyperbolic embedding was fitted. The paper compares methods by
-    hyperbolic pictures of class tokens too, which it obtains in another way.
+    Above, the first two principal components of each model, in units of its embeddings. Below, the same two as vectors
+    of the tangent plane, mapped into the disk by the exponential map at the origin (`poincare_disk`); a standard
+    deviation of the first component becomes a hyperbolic distance of 1. Both halves show one projection: the disk
+    spreads what is near the mean and gathers at the rim what is far from it, and no hyperbolic embedding was fitted.
+    The paper compares methods by hyperbolic pictures of class tokens too, which it obtains in another way.
 
     Thumbnail: `docs/pictures/embeddings.png`.
 
@@ -100,7 +100,7 @@ def plot_embeddings(
         first, second = (f"{share:.0%}" for share in shares.tolist())
         above.set(title=title, xlabel=f"component 1 ({first} of variance)", ylabel=f"component 2 ({second})")
         above.set_aspect("equal", adjustable="datalim")
-        _scatter(below, poincare_disk(plane / plane[:, 0].std()), classes, label_names)
+        _scatter(below, poincare_disk(plane / (2 * plane[:, 0].std())), classes, label_names)
         _draw_rim(below)
     if len(label_names) <= NUM_NAMED_CLASSES:
         handles, names = grid[0, 0].get_legend_handles_labels()
@@ -117,7 +117,7 @@ def _scatter(axes: Axes, points: Tensor, classes: Tensor, label_names: Sequence[
         axes.scatter(
             of_class[:, 0],
             of_class[:, 1],
-            s=9,
+            s=14,
             alpha=0.7,
             linewidths=0,
             color=colours(label % colours.N),

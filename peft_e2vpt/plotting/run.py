@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+COLOURS = {"training": "tab:gray", "learning rate": "tab:gray", "eval": "tab:blue", "test": "tab:green"}
 REWOUND = {
     "init": "rewound to the start",
     "early": "rewound to an early step",
@@ -53,11 +55,8 @@ def plot_run(
             metrics[name] = _series(log_history, f"{name}_{metric}")
     rates = {"learning rate": _series(log_history, "learning_rate")}
     panels = {"loss": losses, metric.replace("_", " "): metrics, "learning rate": rates}
-    drawn = {
-        title: found
-        for title, lines in panels.items()
-        if (found := {name: line for name, line in lines.items() if line})
-    }
+    panels = {title: {name: line for name, line in lines.items() if line} for title, lines in panels.items()}
+    drawn = {title: lines for title, lines in panels.items() if lines}
     if "loss" not in drawn:
         raise ValueError("The history holds no loss: pass trainer.state.log_history of a run that logged steps.")
     heights = [1 if title == "learning rate" else 2 for title in drawn]
@@ -66,24 +65,33 @@ def plot_run(
     for axes, (title, lines) in zip(all_axes, drawn.items(), strict=True):
         for name, points in lines.items():
             style = "-" if name in ("training", "learning rate") else "o-"
-            axes.plot(*zip(*points, strict=True), style, color=_COLOURS.get(name), markersize=4, label=name)
+            (line,) = axes.plot(*_with_gap(points, report), style, markersize=4, label=name)
+            if name in COLOURS:
+                line.set_color(COLOURS[name])
         axes.set_ylabel(title)
         axes.margins(y=0.1)
         if title != "learning rate":
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     last = max(int(entry["step"]) for entry in log_history if "step" in entry)
-    all_axes[-1].set(xlabel="optimizer step", xlim=(0, last))
+    all_axes[-1].set(xlabel="optimizer step", xlim=(0, 1.02 * last))
     all_axes[-1].ticklabel_format(axis="y", scilimits=(-2, 3))
     if report is not None:
         _mark_phases(list(all_axes), report, last)
     return figure
 
 
-_COLOURS = {"training": "tab:gray", "learning rate": "tab:gray", "eval": "tab:blue", "test": "tab:green"}
-
-
 def _series(log_history: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     return [(int(entry["step"]), float(entry[key])) for entry in log_history if key in entry and "step" in entry]
+
+
+def _with_gap(points: list[tuple[int, float]], report: PruningReport | None) -> tuple[list[float], list[float]]:
+    """Steps and values, with nothing between the last of one part of the run and the first of the next."""
+    steps, values = [float(step) for step, _ in points], [value for _, value in points]
+    first = sum(step <= report.step for step in steps) if report is not None else 0
+    if report is not None and 0 < first < len(steps):
+        steps.insert(first, report.step)
+        values.insert(first, math.nan)
+    return steps, values
 
 
 def _mark_phases(all_axes: list[Axes], report: PruningReport, last: int) -> None:
