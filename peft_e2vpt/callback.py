@@ -7,14 +7,14 @@ import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.scheduler import AcceleratedScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -28,6 +28,10 @@ from .schedule import TwoPartSchedule
 from .search import RATIOS, PruningSearch, search_pruning
 
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
 logger = logging.get_logger(__name__)
 
 UNITS = ("fraction", "epochs", "steps")
@@ -37,6 +41,8 @@ TARGET_FILE = "_rewind_target.safetensors"  # Trainer.push_to_hub leaves names w
 
 def _running_trainer() -> Trainer:
     """Finds the `Trainer` whose event is being handled: transformers hands callbacks its parts, but not itself."""
+    from transformers import Trainer  # brings datasets and pandas, which importing this package does not need
+
     frame = inspect.currentframe()
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), Trainer):
