@@ -7,25 +7,29 @@ import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.scheduler import AcceleratedScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .container import visual_prompt_layers
 from .importance import ImportanceScores, score_prompts, zero_scores
-from .pruning import MIN_SEGMENTS, MIN_TOKENS, Gates, apply_gates, current_gates, prune, prune_to_budget
+from .pruning import MIN_SEGMENTS, MIN_TOKENS, Gates, apply_gates, current_gates, prune, prune_to_percentage
 from .report import REPORT_NAME, PruningReport
 from .rewinding import redraw, rewind, trained_tensors
 from .schedule import TwoPartSchedule
 from .search import RATIOS, PruningSearch, search_pruning
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 logger = logging.get_logger(__name__)
@@ -37,6 +41,8 @@ TARGET_FILE = "_rewind_target.safetensors"  # Trainer.push_to_hub leaves names w
 
 def _running_trainer() -> Trainer:
     """Finds the `Trainer` whose event is being handled: transformers hands callbacks its parts, but not itself."""
+    from transformers import Trainer  # brings datasets and pandas, which importing this package does not need
+
     frame = inspect.currentframe()
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), Trainer):
@@ -408,15 +414,7 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
             return search.gates, search
         if self.max_tuned_percentage is None:
             return prune(scores, self.tokens or 0.0, self.segments or 0.0, **bounds), None
-        _, layers = visual_prompt_layers(trainer.model, adapter_name)
-        widths = [layer.site.width for layer in layers]
-        summary = trainer.model.prompt_summary(adapter_name)
-        fixed = summary.num_tuned_values - sum(
-            int(layer.alive(adapter_name).sum()) for layer in layers
-        )  # head and key-value prompts
-        ratio = self.max_tuned_percentage / 100.0
-        budget = int(ratio / (1.0 - ratio) * summary.num_backbone_values) - fixed
-        return prune_to_budget(scores, budget, widths, **bounds), None
+        return prune_to_percentage(trainer.model, scores, self.max_tuned_percentage, adapter_name, **bounds), None
 
     def _rewind(self, trainer: Trainer, adapter_name: str) -> None:
         if self.rewind_to == "fresh":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .container import visual_prompt_layers
 from .importance import ImportanceScores
 from .sharding import reshard
+from .summary import summarise
 
 
 MIN_TOKENS = 1
@@ -133,6 +134,38 @@ def prune_to_budget(
         f"{min_segments} segments a prompt, {gates.num_values(widths):,} values stay. Raise the budget or lower the "
         "bounds."
     )
+
+
+def prune_to_percentage(
+    model: nn.Module,
+    scores: ImportanceScores,
+    max_tuned_percentage: float,
+    adapter_name: str | None = None,
+    *,
+    min_tokens: int = MIN_TOKENS,
+    min_segments: int = MIN_SEGMENTS,
+) -> Gates:
+    """The same as `prune_to_budget`, for a percentage of the model as `PromptSummary` counts it, with the head.
+
+    Args:
+        model: a PEFT model with E2VPT.
+        scores: importance of its prompts and segments.
+        max_tuned_percentage: tuned values in percent of all values, between 0 and 100.
+        adapter_name: which adapter, by default the active one.
+        min_tokens: prompts that stay in every layer at least.
+        min_segments: segments that stay in every prompt at least.
+
+    Raises:
+        ValueError: the bounds leave more values than the budget has.
+    """
+    adapter_name, layers = visual_prompt_layers(model, adapter_name)
+    summary = summarise(model, adapter_name)
+    visual = sum(int(layer.alive(adapter_name).sum()) for layer in layers)
+    fixed = summary.num_tuned_values - visual  # head and key-value prompts
+    ratio = max_tuned_percentage / 100.0
+    budget = int(ratio / (1.0 - ratio) * summary.num_backbone_values) - fixed
+    widths = [layer.site.width for layer in layers]
+    return prune_to_budget(scores, budget, widths, min_tokens=min_tokens, min_segments=min_segments)
 
 
 def current_gates(model: nn.Module, adapter_name: str | None = None) -> Gates:
