@@ -49,6 +49,16 @@ class Gates:
         return sum(int(self.of_layer(i)[1].sum()) * width // num_segments for i, width in enumerate(widths))
 
 
+def check_ratio(ratio: float) -> None:
+    """Checks a ratio of things to prune.
+
+    Raises:
+        ValueError: it lies outside 0 to 1.
+    """
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"A pruning ratio lies between 0 and 1, got {ratio}; pass a whole number to prune so many.")
+
+
 def number_to_prune(count: int, amount: float | int, minimum: int) -> int:
     """How many of `count` things to prune so that `minimum` of them stay.
 
@@ -65,8 +75,7 @@ def number_to_prune(count: int, amount: float | int, minimum: int) -> int:
         if not 0 <= amount <= most:
             raise ValueError(f"Of {count}, 0 to {most} can be pruned so that {minimum} stay, got {amount}.")
         return amount
-    if not 0.0 <= amount <= 1.0:
-        raise ValueError(f"A pruning ratio lies between 0 and 1, got {amount}; pass a whole number to prune so many.")
+    check_ratio(amount)
     return min(math.floor(amount * count + 1e-9), most)
 
 
