@@ -160,6 +160,13 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if self.training or self.mixed_batch is not None:
             self.num_samples = args[0].shape[0]
 
+    def _replicate_for_data_parallel(self) -> E2VPTLayer:
+        raise RuntimeError(
+            "E2VPT does not work in torch.nn.DataParallel, whose copies of the model would all use the prompts on the "
+            "first GPU: start one process per GPU with torchrun or accelerate launch, or show the program a single "
+            "GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+
     # ------------------------------------------------------------------------------------------------ PEFT's contract
     def get_base_layer(self) -> nn.Module:
         """The adapted self-attention."""

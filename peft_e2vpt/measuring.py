@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
@@ -146,6 +146,7 @@ def batches(
 
     Raises:
         ValueError: processes keep step, and one has no batch at all.
+        TypeError: a batch is not a dictionary.
     """
     total = len(dataloader) if isinstance(dataloader, Sized) else None
     if max_batches is not None:
@@ -154,12 +155,12 @@ def batches(
     bar = logging.tqdm(islice(dataloader, max_batches), total=total, desc=description, leave=False, disable=hidden)
     if not (in_step and _is_distributed()):
         for batch in bar:
-            inputs = send_to_device(dict(batch), device)
+            inputs = _inputs_of(batch, device)
             yield Batch(inputs, _size(inputs), _size(inputs), True)
         return
     inputs = {}
     for batch in chain(bar, repeat(None)):
-        inputs = inputs if batch is None else send_to_device(dict(batch), device)
+        inputs = inputs if batch is None else _inputs_of(batch, device)
         found = torch.tensor([_size(inputs) if inputs else 0, batch is not None, not inputs], device=device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         largest, one_has_more, one_has_none = found.tolist()
@@ -168,6 +169,16 @@ def batches(
         if one_has_none:
             raise ValueError("The model is sharded, so every process needs a batch, but one has none: use more data.")
         yield Batch(inputs, _size(inputs), largest, batch is not None)
+
+
+def _inputs_of(batch: Any, device: torch.device) -> dict[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            "A batch is a dictionary of what the model takes, such as {'pixel_values': ..., 'labels': ...}, got a "
+            f"{type(batch).__name__}: let the data set return dictionaries, or pass a collate_fn that makes one."
+        )
+    inputs: dict[str, Any] = send_to_device(dict(batch), device)
+    return inputs
 
 
 def _size(inputs: dict[str, Any]) -> int:

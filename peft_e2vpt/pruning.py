@@ -50,6 +50,16 @@ class Gates:
         return sum(int(self.of_layer(i)[1].sum()) * width // num_segments for i, width in enumerate(widths))
 
 
+def check_ratio(ratio: float) -> None:
+    """Checks a ratio of things to prune.
+
+    Raises:
+        ValueError: it lies outside 0 to 1.
+    """
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"A pruning ratio lies between 0 and 1, got {ratio}; pass a whole number to prune so many.")
+
+
 def number_to_prune(count: int, amount: float | int, minimum: int) -> int:
     """How many of `count` things to prune so that `minimum` of them stay.
 
@@ -66,8 +76,7 @@ def number_to_prune(count: int, amount: float | int, minimum: int) -> int:
         if not 0 <= amount <= most:
             raise ValueError(f"Of {count}, 0 to {most} can be pruned so that {minimum} stay, got {amount}.")
         return amount
-    if not 0.0 <= amount <= 1.0:
-        raise ValueError(f"A pruning ratio lies between 0 and 1, got {amount}; pass a whole number to prune so many.")
+    check_ratio(amount)
     return min(math.floor(amount * count + 1e-9), most)
 
 
@@ -165,6 +174,16 @@ def prune_to_percentage(
     ratio = max_tuned_percentage / 100.0
     budget = int(ratio / (1.0 - ratio) * summary.num_backbone_values) - fixed
     widths = [layer.site.width for layer in layers]
+    least = prune(scores, 1.0, 1.0, min_tokens=min_tokens, min_segments=min_segments).num_values(widths)
+    if budget < least:
+        backbone = summary.num_backbone_values
+        alone, lowest = (100.0 * values / (values + backbone) for values in (fixed, fixed + least))
+        raise ValueError(
+            f"max_tuned_percentage={max_tuned_percentage} is too small: head and key-value prompts alone take "
+            f"{alone:.3f} % of the model, and with at least {min_tokens} visual prompts a layer and {min_segments} "
+            f"segments a prompt it is {lowest:.3f} %. Raise it to {math.ceil(1000.0 * lowest) / 1000.0:.3f} or more, "
+            "or lower num_kv_prompts, min_tokens or min_segments."
+        )
     return prune_to_budget(scores, budget, widths, min_tokens=min_tokens, min_segments=min_segments)
 
 
