@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
@@ -76,6 +76,27 @@ def no_trace(model: nn.Module, dataloader: Iterable[Any], seed: int | None = Non
 
 
 @contextmanager
+def running_as(implementation: str, layers: list[E2VPTLayer], instead_of: Callable[[str], bool]) -> Iterator[None]:
+    """Runs a block with another attention implementation.
+
+    Args:
+        implementation: its name.
+        layers: the layers whose towers run with it.
+        instead_of: which implementations give way to it, by their names.
+    """
+    configs = {id(source): source for layer in layers if (source := layer.attention_config) is not None}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    switched = [key for key, name in before.items() if instead_of(name)]
+    try:
+        for key in switched:
+            configs[key]._attn_implementation = implementation
+        yield
+    finally:
+        for key in switched:
+            configs[key]._attn_implementation = before[key]
+
+
+@contextmanager
 def gates_on(place: str, layers: list[E2VPTLayer]) -> Iterator[None]:
     """Lets attentions that cannot add to their scores (flash, flex) run as sdpa where gates are on the `"attention"`.
 
@@ -83,16 +104,8 @@ def gates_on(place: str, layers: list[E2VPTLayer]) -> Iterator[None]:
         place: `"attention"` or `"embedding"`.
         layers: the layers whose gates are measured.
     """
-    configs = {id(source): source for layer in layers if (source := layer.attention_config) is not None}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    switched = [key for key, name in before.items() if place == "attention" and ("flash" in name or "flex" in name)]
-    try:
-        for key in switched:
-            configs[key]._attn_implementation = "sdpa"
+    with running_as("sdpa", layers, lambda name: place == "attention" and ("flash" in name or "flex" in name)):
         yield
-    finally:
-        for key in switched:
-            configs[key]._attn_implementation = before[key]
 
 
 def _is_distributed() -> bool:
