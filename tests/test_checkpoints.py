@@ -11,8 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForImageClassification, BeitForImageClassification, ViTForImageClassification
-from transformers import ViTMAEConfig, ViTMAEModel
+from transformers import (
+    AutoModelForImageClassification,
+    BeitForImageClassification,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEModel,
+)
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
