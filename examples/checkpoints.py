@@ -11,14 +11,14 @@ python examples/checkpoints.py mae facebook/vit-mae-base mae-vit-b          # or
 model = AutoModelForImageClassification.from_pretrained("mae-vit-b", num_labels=100)  # adds the head
 ```
 
-* **MoCo v3** becomes a ViT: class token of the last layer, after the final norm. Of a pre-training file the encoder that
-  is trained is taken (`base_encoder`), as its authors do; `--encoder momentum_encoder` takes its moving average. Files
-  of the linear evaluation (`linear-vit-b-300ep.pth.tar`) have one encoder. Projector, predictor and head are left out.
+* **MoCo v3** becomes a ViT: class token of the last layer, after the final norm. Of a pre-training file the encoder
+  that is trained is taken (`base_encoder`), as its authors do; `--encoder momentum_encoder` takes its moving average.
+  Files of the linear evaluation (`linear-vit-b-300ep.pth.tar`) have one encoder. What comes after it is left out.
 * **MAE** becomes a BEiT without relative positions and without layer scale: the one class of transformers that
-  classifies as MAE's fine-tuning does, by the mean over the patches of the last block and then a norm. That norm is new
-  (weight 1, bias 0), there as here: the pre-trained final norm, which comes before a mean, is left out.
-  BEiT's keys have no bias. A bias of the keys adds the same to all scores of a query, so softmax removes it: outputs and
-  visual prompts are the same. A key-value prompt is no projected key, so its score differs by that constant. The
+  classifies as MAE's fine-tuning does, by the mean over the patches of the last block and then a norm. That norm is
+  new (weight 1, bias 0), there as here: the pre-trained final norm, which comes before a mean, is left out.
+  BEiT's keys have no bias. A bias of the keys adds the same to all scores of a query, so softmax removes it: outputs
+  and visual prompts are the same. A key-value prompt is no projected key, so its score differs by that constant. The
   largest left-out bias is printed; pre-training gives these biases no gradient.
 
 Names in the files are timm's. A tensor that is missing, left over or of another shape is an error that names it.
@@ -61,7 +61,7 @@ IN_BLOCK = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- reading the files
+# --------------------------------------------------------------------------------------------------- reading the files
 
 
 def mocov3_encoder(checkpoint: dict[str, Any], encoder: str = "base_encoder") -> dict[str, Tensor]:
@@ -189,14 +189,14 @@ def sizes(encoder: dict[str, Tensor], num_heads: int | None = None) -> dict[str,
     }
 
 
-# --------------------------------------------------------------------------------------------------- writing the models
+# -------------------------------------------------------------------------------------------------- writing the models
 
 
 def write_model(
     model_class: type[PreTrainedModel], config: Any, tensors: dict[str, Tensor], folder: str | Path, **settings: Any
 ) -> None:
     """
-    Writes a model and the configuration of its image processor (ImageNet's mean and deviation).
+    Writes a model and the configuration of its image processor.
 
     Raises:
         ValueError: A tensor is missing, left over or of another shape; the message names all.
@@ -211,11 +211,16 @@ def write_model(
     if problems:
         raise ValueError(f"The checkpoint does not make up a {model_class.__name__}: {problems}")
     model.save_pretrained(folder)
-    square = {"height": config.image_size, "width": config.image_size}
+    write_processor(folder, config.image_size)
+
+
+def write_processor(folder: str | Path, side: int) -> None:
+    """Writes the configuration of an image processor: squares of `side` pixels, ImageNet's mean and deviation."""
+    # Written as plain JSON: the class behind the name depends on the transformers version and on torchvision.
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": square,
+        "size": {"height": side, "width": side},
         "resample": 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -36,7 +36,7 @@ def read_splits(data: dict[str, Any], task: dict[str, Any], args: ProtocolArgume
     Raises:
         FileNotFoundError: Not exactly one folder has the lists of the task.
     """
-    pictures = unpacked(data["repo"], task["archive"], task["images"], args) / task["images"]
+    pictures = unpacked(data["repo"], task["archive"], task["folder"], args) / task["images"]
     all_lists = unpacked(data["repo"], data["lists"], ".", args)
     found = sorted(
         file.parent
@@ -72,7 +72,7 @@ def cut(entries: dict[str, Any], share: float, seed: int) -> tuple[dict[str, Any
     return parts
 
 
-# ---------------------------------------------------------------------------------------------------------- augmentation
+# -------------------------------------------------------------------------------------------------------- augmentation
 
 
 def random_resized_crop(picture: Image, side: int) -> Image:
@@ -127,7 +127,7 @@ def transforms(processor: Any) -> tuple[Transform, Transform]:
     return after(random_resized_crop), after(centre_crop)
 
 
-# ------------------------------------------------------------------------------------------------------------- stand-ins
+# ----------------------------------------------------------------------------------------------------------- stand-ins
 
 
 PACKED = {"CUB_200_2011.tgz": "gztar", "nabirds.tar.gz": "gztar", "102flowers.tgz": "gztar", "car_ims.tgz": "gztar"}

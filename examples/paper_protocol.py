@@ -16,6 +16,7 @@ Every training is one line of `OUTPUT_DIR/results.jsonl`. A run that is started 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import shutil
 import tempfile
@@ -47,7 +48,7 @@ Transform = Callable[[dict[str, list]], dict[str, list]]
 
 
 class Splits(NamedTuple):
-    """The pictures of a task, data sets with the columns `image` and `label`, the latter with the names of the classes."""
+    """The pictures of a task: data sets with the columns `image` and `label`, which knows the names of the classes."""
 
     train: Dataset
     validation: Dataset
@@ -78,11 +79,11 @@ class Benchmark(NamedTuple):
 class ProtocolArguments:
     """What is run. The settings themselves are in a YAML file."""
 
-    backbone: list[str] = field(
-        default_factory=lambda: ["vit"], metadata={"help": "Backbones, or `all`: vit, swin, mae, mocov3."}
+    backbone: list[str] | None = field(
+        default=None, metadata={"help": "Backbones of the presets, or `all`. Default: vit (in a smoke run: all)."}
     )
     method: list[str] = field(
-        default_factory=lambda: ["e2vpt"], metadata={"help": "Methods, or `all`: e2vpt, vpt-deep, linear, full."}
+        default_factory=lambda: ["e2vpt"], metadata={"help": "Methods of the presets, or `all`."}
     )
     task: list[str] = field(default_factory=lambda: ["all"], metadata={"help": "Tasks. Default: all."})
     seeds: list[int] | None = field(default=None, metadata={"help": "Of the final trainings. Default: the presets'."})
@@ -117,7 +118,7 @@ class PaperTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Stays off: pictures are read late."})
 
 
-# ----------------------------------------------------------------------------------------------------------- the results
+# --------------------------------------------------------------------------------------------------------- the results
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -184,7 +185,7 @@ class Results:
                 file.write(json.dumps(record) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------- the trainings
+# ------------------------------------------------------------------------------------------------------- the trainings
 
 
 def accuracy(outputs: EvalPrediction) -> dict[str, float]:
@@ -317,7 +318,8 @@ class Experiment:
         if phase == "prune":
             record |= self.prune(trainer, seed)
         trained = count_trained(model)
-        return record | {"trained": trained, "percent": round(100 * trained / num_parameters, 4)}
+        percent = round(100 * trained / num_parameters, 4)
+        return record | {"trained": trained, "percent": percent, "processes": trainer.args.world_size}
 
     def trainer_args(self, learning_rate: float, weight_decay: float, seed: int) -> PaperTrainingArguments:
         args = copy.copy(self.training_args)
@@ -363,7 +365,7 @@ class Experiment:
         )
 
 
-# --------------------------------------------------------------------------------------------------- backbones and data
+# -------------------------------------------------------------------------------------------------- backbones and data
 
 
 def backbone_folder(name: str, preset: dict[str, Any], cache: Path) -> str:
@@ -459,7 +461,7 @@ def make_splits(lists: dict[str, dict[str, Any]]) -> Splits:
     return Splits(**splits)
 
 
-# ------------------------------------------------------------------------------------------------------------- the tables
+# ---------------------------------------------------------------------------------------------------------- the tables
 
 
 def groups_of(presets: dict[str, Any]) -> dict[str, list[str]]:
@@ -471,7 +473,7 @@ def groups_of(presets: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def summary(groups: dict[str, list[str]], means: dict[str, float | None]) -> list[float | None]:
-    """Means of the groups, and of several groups also the mean of these and the mean of all tasks; `None` if unknown."""
+    """Means of the groups; of several groups also the mean of these, and the mean of all tasks. `None` if unknown."""
     values = [means.get(group) for group in groups]
     if len(groups) == 1:
         return values
@@ -531,7 +533,7 @@ def format_tables(records: list[dict[str, Any]], presets: dict[str, Any]) -> str
     return "\n".join([*lines, "", *details])
 
 
-# ------------------------------------------------------------------------------------------------------------ the program
+# --------------------------------------------------------------------------------------------------------- the program
 
 
 def chosen_of(kind: str, asked: list[str], known: dict[str, Any]) -> list[str]:
@@ -556,7 +558,7 @@ def run(
         )
     output_dir = Path(training_args.output_dir)
     results = Results(output_dir / "results.jsonl", writes=training_args.process_index == 0)
-    backbones = chosen_of("backbone", args.backbone, presets["backbones"])
+    backbones = chosen_of("backbone", args.backbone or ["vit"], presets["backbones"])
     methods = chosen_of("method", args.method, presets["methods"])
     for task in chosen_of("task", args.task, presets["tasks"]):
         with training_args.main_process_first(desc="downloading and unpacking"):
@@ -581,6 +583,8 @@ def run_smoke(
     from accelerate.utils import broadcast_object_list
     from stand_ins import make_backbones
 
+    import peft_e2vpt  # noqa: F401
+
     first = training_args.process_index == 0
     (place,) = broadcast_object_list([tempfile.mkdtemp(prefix=f"{benchmark.name}-") if first else None])
     folder = Path(place)
@@ -595,8 +599,9 @@ def run_smoke(
         for name, preset in presets["backbones"].items()
     }
     args.data_root = str(folder / "data")
-    args.backbone = ["all"]
+    args.backbone = args.backbone or ["all"]
     args.task = benchmark.smoke_tasks
+    gc.freeze()  # every training begins with a search for garbage: most of its time, if it looks at all libraries
     try:
         run(benchmark, presets, args, training_args, folder / "converted")
     finally:

@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""Tiny random backbones and pictures in the places of the real ones, for the smoke runs of `vtab1k.py` and `fgvc.py`."""
+"""Tiny random backbones and pictures in place of the real ones, for the smoke runs of `vtab1k.py` and `fgvc.py`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import write_processor
 
 
 SIZES = {
@@ -31,7 +32,6 @@ def make_backbones(folder: Path, names: dict[str, Any]) -> None:
         SwinConfig,
         SwinModel,
         ViTConfig,
-        ViTImageProcessorPil,
         ViTMAEConfig,
         ViTMAEModel,
         ViTModel,
@@ -52,7 +52,7 @@ def make_backbones(folder: Path, names: dict[str, Any]) -> None:
             write_mocov3(folder / name)
         else:
             models[name]().save_pretrained(folder / name)
-            ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / name)
+            write_processor(folder / name, side=32)
 
 
 def write_mocov3(path: Path) -> None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""VTAB-1k as in the paper: 19 tasks, 800 pictures to train on and 200 to choose on, then all 1,000, last epoch on test.
+"""VTAB-1k as in the paper: 19 tasks; 800 pictures to train on and 200 to choose on, then all 1,000; last epoch.
 
 ```bash
 python examples/vtab1k.py                                       # E2VPT on ViT-B/16: downloads pictures and weights
