@@ -15,13 +15,12 @@ release = peft_e2vpt.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-# links between a page and a file of the repository work on GitHub, where the site has no page for them
-suppress_warnings = ["myst.xref_missing"]
 html_theme = "furo"
 html_title = f"peft_e2vpt {release}"
 
 default_role = "code"  # docstrings have single backquotes around names
 autodoc_typehints = "signature"
+python_maximum_signature_line_length = 88
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
