@@ -45,6 +45,9 @@ class PictureArguments:
 
     pictures_dir: str | None = field(default=None, metadata={"help": "Where pictures go. Default: RUN/pictures."})
     dpi: int = field(default=120, metadata={"help": "Dots per inch."})
+    colours: int | None = field(
+        default=None, metadata={"help": "Colours of a picture, for small files, at most 256. Default: all."}
+    )
     num_pictures: int = field(default=200, metadata={"help": "Pictures to measure attention and embeddings on."})
     num_maps: int = field(default=3, metadata={"help": "Pictures to draw attention maps of."})
     maps_of: list[str] | None = field(
@@ -138,6 +141,8 @@ def draw(run: Path, args: PictureArguments, data_args: DataArguments) -> Iterato
 
 
 def main() -> None:
+    from PIL import Image
+
     parser = HfArgumentParser((PictureArguments, DataArguments), description=__doc__.split("\n")[0])
     parser.add_argument(
         "run", nargs="?", type=Path, default=Path("runs/finetune"), help="Output folder of finetune.py."
@@ -146,8 +151,11 @@ def main() -> None:
     target = Path(args.pictures_dir or others.run / "pictures")
     target.mkdir(parents=True, exist_ok=True)
     for name, figure in draw(others.run, args, data_args):
-        figure.savefig(target / f"{name}.png", dpi=args.dpi)
-        print(target / f"{name}.png")
+        path = target / f"{name}.png"
+        figure.savefig(path, dpi=args.dpi)
+        if args.colours is not None:
+            Image.open(path).quantize(args.colours).save(path, optimize=True)
+        print(path)
 
 
 if __name__ == "__main__":
