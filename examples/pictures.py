@@ -5,7 +5,7 @@ python examples/finetune.py --prune --eval_strategy epoch   # accuracies during 
 python examples/pictures.py runs/finetune                   # writes runs/finetune/pictures/*.png
 ```
 
-With data of your own, pass the same options as to `finetune.py`: `--train_dir`, `--dataset_name`, `--image_size`.
+With data of your own, pass the same options as to `finetune.py`: `--train_dir`, `--dataset_name`, ...
 
 | file | what it shows |
 |---|---|
@@ -34,6 +34,7 @@ from transformers import HfArgumentParser
 
 # peft_e2vpt and PIL are imported where they are used: `--help` should not wait for them.
 if TYPE_CHECKING:
+    from datasets import Dataset
     from matplotlib.figure import Figure
     from peft import PeftModel
 
@@ -44,33 +45,34 @@ class PictureArguments:
 
     pictures_dir: str | None = field(default=None, metadata={"help": "Where pictures go. Default: RUN/pictures."})
     dpi: int = field(default=120, metadata={"help": "Dots per inch."})
+    colours: int | None = field(
+        default=None, metadata={"help": "Colours of a picture, for small files, at most 256. Default: all."}
+    )
     num_pictures: int = field(default=200, metadata={"help": "Pictures to measure attention and embeddings on."})
     num_maps: int = field(default=3, metadata={"help": "Pictures to draw attention maps of."})
     maps_of: list[str] | None = field(
         default=None, metadata={"help": "Files to draw attention maps of, instead of pictures of the data set."}
     )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side of the input in pixels. Default: as in the run."}
+    maps_size: int | None = field(
+        default=None, metadata={"help": "Side of the pictures of attention maps in pixels. Default: as in the run."}
     )
     seed: int = field(default=0, metadata={"help": "Of the run, and of the choice of pictures."})
 
 
-def load_pictures(args: PictureArguments, data_args: DataArguments, folder: Path) -> tuple[dict, list[str]]:
-    """Loads a batch of random pictures from the reported split, and the names of the classes."""
+def load_pictures(args: PictureArguments, data_args: DataArguments) -> Dataset:
+    """Chooses pictures of the split that `finetune.py` reports."""
     splits = load_splits(data_args, args.seed)
     pictures = splits[reported_split(splits)].shuffle(seed=args.seed)
-    chosen = pictures.select(range(min(args.num_pictures, len(pictures))))
-    transform = picture_transform(load_processor(str(folder), args.image_size))
-    return collate(list(chosen.with_transform(transform))), pictures.features["label"].names
+    return pictures.select(range(min(args.num_pictures, len(pictures))))
 
 
-def load_files(args: PictureArguments, folder: Path) -> dict[str, torch.Tensor]:
-    """Loads pictures from files as a batch."""
+def load_pictures_of_maps(args: PictureArguments, pictures: Dataset, folder: Path) -> dict[str, torch.Tensor]:
+    """Loads the pictures to draw attention maps of, from files or among those of the data set, as a batch."""
     from PIL import Image
 
-    transform = picture_transform(load_processor(str(folder), args.image_size))
-    pictures = [Image.open(path) for path in args.maps_of or []]
-    return {"pixel_values": transform({"image": pictures, "label": []})["pixel_values"]}
+    shown = [Image.open(path) for path in args.maps_of] if args.maps_of else pictures[: args.num_maps]["image"]
+    transform = picture_transform(load_processor(str(folder), args.maps_size))
+    return {"pixel_values": transform({"image": shown, "label": []})["pixel_values"]}
 
 
 def draw_run(folder: Path) -> Iterator[tuple[str, Figure]]:
@@ -122,9 +124,10 @@ def draw(run: Path, args: PictureArguments, data_args: DataArguments) -> Iterato
     if not adapted:
         return
     first = next(iter(adapted.values()))
-    batch, label_names = load_pictures(args, data_args, first)
-    pixels, labels = {"pixel_values": batch["pixel_values"]}, batch["labels"]
-    of_maps = load_files(args, first) if args.maps_of else {"pixel_values": batch["pixel_values"][: args.num_maps]}
+    pictures = load_pictures(args, data_args)
+    transform = picture_transform(load_processor(str(first), image_size=None))
+    pixels = {"pixel_values": collate(list(pictures.with_transform(transform)))["pixel_values"]}
+    of_maps = load_pictures_of_maps(args, pictures, first)
     embeddings = {}
     for method, folder in adapted.items():
         model = peft_e2vpt.load(folder)
@@ -134,10 +137,12 @@ def draw(run: Path, args: PictureArguments, data_args: DataArguments) -> Iterato
             with model.disable_adapter():
                 embeddings["without prompts"] = class_token_embeddings(model, pixels)
         embeddings[method] = class_token_embeddings(model, pixels)
-    yield "embeddings", plot_embeddings(embeddings, labels, label_names)
+    yield "embeddings", plot_embeddings(embeddings, pictures["label"], pictures.features["label"].names)
 
 
 def main() -> None:
+    from PIL import Image
+
     parser = HfArgumentParser((PictureArguments, DataArguments), description=__doc__.split("\n")[0])
     parser.add_argument(
         "run", nargs="?", type=Path, default=Path("runs/finetune"), help="Output folder of finetune.py."
@@ -146,8 +151,11 @@ def main() -> None:
     target = Path(args.pictures_dir or others.run / "pictures")
     target.mkdir(parents=True, exist_ok=True)
     for name, figure in draw(others.run, args, data_args):
-        figure.savefig(target / f"{name}.png", dpi=args.dpi)
-        print(target / f"{name}.png")
+        path = target / f"{name}.png"
+        figure.savefig(path, dpi=args.dpi)
+        if args.colours is not None:
+            Image.open(path).quantize(args.colours).save(path, optimize=True)
+        print(path)
 
 
 if __name__ == "__main__":

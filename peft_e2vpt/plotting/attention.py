@@ -122,8 +122,8 @@ def plot_attention_maps(model: PeftModel, inputs: dict[str, Any], *, num_prefix_
 
     A row per picture: the picture; the attention of the class token in the last layer and its rollout through all
     layers (`rollout`), each without the adapter and with it. Values are multiples of the attention to a mean patch,
-    mean over heads; attention to prompts is left out, and written below. Without a class token it is the mean over
-    the patches.
+    mean over heads, and the 2 % largest have one colour. Attention to prompts is left out, and written below. Without
+    a class token it is the mean over the patches.
 
     Thumbnail: `docs/pictures/e2vpt-attention_maps.png`.
 
@@ -141,8 +141,9 @@ def plot_attention_maps(model: PeftModel, inputs: dict[str, Any], *, num_prefix_
     with_prompts = _maps(attention_maps(model, inputs, num_prefix_tokens=num_prefix_tokens), height, width)
     with model.disable_adapter():
         without = _maps(attention_maps(model, inputs, num_prefix_tokens=num_prefix_tokens), height, width)
-    figure = new_figure(9.5, 0.9 + 1.95 * num_pictures * height / width)
-    grid = figure.subplots(num_pictures, 5, squeeze=False)
+    figure = new_figure(9.5, 1.4 + 1.95 * num_pictures * height / width)
+    places = figure.add_gridspec(num_pictures + 1, 5, height_ratios=[1] * num_pictures + [0.06])
+    grid = np.array([[figure.add_subplot(places[row, column]) for column in range(5)] for row in range(num_pictures)])
     titles = ("picture", "last layer\nwithout prompts", "with prompts", "rollout\nwithout prompts", "with prompts")
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=10)
@@ -154,12 +155,12 @@ def plot_attention_maps(model: PeftModel, inputs: dict[str, Any], *, num_prefix_
         grid[index, 2].set_xlabel(f"{100 * with_prompts.to_prompts[index]:.0f} % to prompts", fontsize=9)
     pairs = ((without.last_layer, with_prompts.last_layer), (without.rollout, with_prompts.rollout))
     for pair, columns in zip(pairs, ((1, 2), (3, 4)), strict=True):
-        largest = max(float(maps.max()) for maps in pair)
+        largest = float(np.quantile(np.stack(pair), 0.98))  # single patches may get far more than all others
         for column, maps in zip(columns, pair, strict=True):
             for index, (picture, weights) in enumerate(zip(pictures, maps, strict=True)):
                 image = _overlay(grid[index, column], picture, weights, largest)
-        below = grid[:, columns[0] : columns[1] + 1]
-        figure.colorbar(image, ax=below, location="bottom", fraction=0.05, label="times a mean patch")
+        scale = figure.add_subplot(places[-1, columns[0] : columns[1] + 1])
+        figure.colorbar(image, cax=scale, orientation="horizontal", extend="max", label="times a mean patch")
     return figure
 
 

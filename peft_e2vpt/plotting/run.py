@@ -106,4 +106,4 @@ def _mark_phases(all_axes: list[Axes], report: PruningReport, last: int) -> None
     for start, end, text in ((0, report.step, "all prompts"), (report.step, last, second)):
         place = ((start + end) / 2, 1.02)
         top.annotate(text, place, xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9)
-    top.set_title(f"Scored, pruned and rewound after step {report.step}", pad=20)
+    top.set_title(f"Scored and pruned after step {report.step}", pad=20)
