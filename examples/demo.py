@@ -28,12 +28,15 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 
 from peft_e2vpt import E2VPTConfig
-from peft_e2vpt.attending import KINDS, TOKEN, attention_maps, prompt_attention
+from peft_e2vpt.attending import KEY_VALUE, KINDS, VISUAL, attention_maps, prompt_attention
+from peft_e2vpt.sites import find_attention_sites
 
 
 DEFAULT_FOLDER = Path("runs/finetune")
 HINT = "python examples/finetune.py --prune"
 SIDE = 448  # pixels of the attention picture on the page
+THEME = gradio.themes.Default(primary_hue="blue")  # its fonts come with Gradio
+COLORS = {KINDS[VISUAL]: "#2563eb", KINDS[KEY_VALUE]: "#f59e0b"}
 
 
 class Served(NamedTuple):
@@ -157,7 +160,7 @@ def attend(served: Served, picture: Image.Image, name: str) -> tuple[Image.Image
     rows = [
         {"layer": str(layer), "keys": KINDS[kind], "attention": 100 * shares[kind].item()}
         for layer, shares in zip(found.layers, found.class_token[:, 0], strict=True)
-        for kind in range(TOKEN)
+        for kind in (VISUAL, KEY_VALUE)
     ]
     last = attention_maps(served.model, inputs)[-1]
     looks = last.between_tokens()[0, :, 0, last.num_prefix_tokens :].mean(0)
@@ -192,6 +195,7 @@ def lay_over(pixels: numpy.ndarray, looks: torch.Tensor) -> Image.Image:
 def build_page(served: Served) -> gradio.Blocks:
     """Lays out the page and connects it with the model."""
     names = list(served.processors)
+    layers = [str(index) for index, _ in enumerate(find_attention_sites(served.model))]
 
     def answer(picture: Image.Image | None, name: str) -> dict[str, float] | None:
         return None if picture is None else classify(served, picture, name)
@@ -205,13 +209,14 @@ def build_page(served: Served) -> gradio.Blocks:
             with gradio.Column():
                 picture = gradio.Image(type="pil", sources=["upload", "clipboard"], label="Picture", height=360)
                 name = gradio.Radio(names, value=names[0], label="Adapter", elem_id="adapter")
-                probabilities = gradio.Label(num_top_classes=5, label="Answer", elem_id="answer")
+                probabilities = gradio.Label(num_top_classes=4, label="Answer", elem_id="answer")
             with gradio.Column():
                 seen = gradio.Image(
                     label="Where the class token looks in the last layer",
                     format="png",
                     height=360,
                     interactive=False,
+                    buttons=["download", "fullscreen"],
                     elem_id="attention",
                 )
                 shares = gradio.BarPlot(
@@ -220,9 +225,12 @@ def build_page(served: Served) -> gradio.Blocks:
                     color="keys",
                     x_title="layer",
                     y_title="% of the class token's attention",
-                    color_title=" ",
-                    label="Attention to prompts",
-                    height=260,
+                    color_title=" ",  # Gradio 6.31 cuts the legend off, so the label names the colours
+                    color_map=COLORS,
+                    sort=layers,
+                    buttons=[],
+                    label="Attention to visual prompts (blue) and key-value prompts (orange), by layer",
+                    height=330,
                     elem_id="shares",
                 )
         # One at a time: both choose the model's active adapter.
@@ -244,7 +252,7 @@ def main() -> None:
         served = load_adapters(name_adapters(args.adapter or find_adapters()))
     except ValueError as error:
         parser.error(str(error))
-    build_page(served).launch(server_port=args.port, show_error=True, footer_links=[])
+    build_page(served).launch(server_port=args.port, show_error=True, footer_links=[], theme=THEME)
 
 
 if __name__ == "__main__":
