@@ -176,7 +176,7 @@ def build_page(served: Served) -> gradio.Blocks:
                 gradio.Markdown("### Attention to prompts, layer by layer")
                 shares = gradio.Plot(show_label=False, format="png", elem_id="shares")
             with gradio.Column(scale=3):
-                gradio.Markdown("### Attention to the picture: last layer, and followed through all layers (rollout)")
+                gradio.Markdown("### Attention to the picture, without prompts and with them")
                 maps = gradio.Plot(show_label=False, format="png", elem_id="maps")
         # One at a time: both choose the model's active adapter.
         changes = [picture.change, name.change]
