@@ -19,21 +19,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gradio
-import numpy
-import pandas
 import torch
-from matplotlib import colormaps
+from matplotlib.figure import Figure
 from peft import PeftConfig, PeftModel
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 
 from peft_e2vpt import E2VPTConfig
-from peft_e2vpt.attending import KINDS, TOKEN, attention_maps, prompt_attention
+from peft_e2vpt.attending import prompt_attention
+from peft_e2vpt.plotting import plot_attention_maps, plot_prompt_attention
 
 
 DEFAULT_FOLDER = Path("runs/finetune")
 HINT = "python examples/finetune.py --prune"
-SIDE = 448  # pixels of the attention picture on the page
+THEME = gradio.themes.Default(primary_hue="blue")  # its fonts come with Gradio
 
 
 class Served(NamedTuple):
@@ -137,53 +136,16 @@ def classify(served: Served, picture: Image.Image, name: str) -> dict[str, float
     return dict(zip(served.model.peft_config[name].labels, logits.softmax(-1)[0].tolist(), strict=True))
 
 
-def attend(served: Served, picture: Image.Image, name: str) -> tuple[Image.Image, pandas.DataFrame]:
+def attend(served: Served, picture: Image.Image, name: str) -> tuple[Figure, Figure]:
     """
-    Returns where the class token of the last layer looks, and how much each layer looks at prompts.
-
-    Returns:
-        `tuple[Image.Image, pandas.DataFrame]`: The picture as the model sees it under its attention map, mean over
-        heads; and rows `layer`, `keys` (visual or key-value prompts), `attention` in percent.
+    Draws how much attention each layer gives to prompts, and where in the picture the rest of it goes.
 
     Raises:
-        ValueError: The backbone has no class token, or attentions that return no weights.
+        ValueError: The attentions of this backbone return no weights, or see windows of the picture.
     """
     served.model.set_adapter(name, inference_mode=True)
-    processor = served.processors[name]
-    inputs = processor(picture, return_tensors="pt")
-    found = prompt_attention(served.model, inputs)
-    if found.class_token is None:
-        raise ValueError("This backbone has no class token, so there is no attention of it to show.")
-    rows = [
-        {"layer": str(layer), "keys": KINDS[kind], "attention": 100 * shares[kind].item()}
-        for layer, shares in zip(found.layers, found.class_token[:, 0], strict=True)
-        for kind in range(TOKEN)
-    ]
-    last = attention_maps(served.model, inputs)[-1]
-    looks = last.between_tokens()[0, :, 0, last.num_prefix_tokens :].mean(0)
-    seen = processor(picture, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
-    return lay_over(seen.transpose(1, 2, 0), looks), pandas.DataFrame(rows)
-
-
-def lay_over(pixels: numpy.ndarray, looks: torch.Tensor) -> Image.Image:
-    """
-    Lays an attention map over a picture.
-
-    Args:
-        pixels (`numpy.ndarray`): (height, width, 3), 0 to 255.
-        looks (`torch.Tensor`): (patches,), row by row.
-    """
-    height, width, _ = pixels.shape
-    rows = round((len(looks) * height / width) ** 0.5)
-    size = (SIDE * width // max(height, width), SIDE * height // max(height, width))
-    looks = looks.reshape(rows, -1)
-    heat = Image.fromarray(((looks - looks.min()) / (looks.max() - looks.min())).numpy())
-    heat = numpy.asarray(heat.resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
-    picture = Image.fromarray(pixels.round().astype("uint8")).resize(size, Image.Resampling.BICUBIC)
-    grey = numpy.asarray(picture.convert("L").convert("RGB"))
-    strength = 0.15 + 0.5 * heat[..., None]
-    mixed = (1 - strength) * grey + strength * 255 * colormaps["inferno"](heat)[..., :3]
-    return Image.fromarray(mixed.astype("uint8"))
+    inputs = served.processors[name](picture, return_tensors="pt")
+    return plot_prompt_attention(prompt_attention(served.model, inputs)), plot_attention_maps(served.model, inputs)
 
 
 # -------------------------------------------------------------------------------------------------------------- page
@@ -196,40 +158,31 @@ def build_page(served: Served) -> gradio.Blocks:
     def answer(picture: Image.Image | None, name: str) -> dict[str, float] | None:
         return None if picture is None else classify(served, picture, name)
 
-    def show(picture: Image.Image | None, name: str) -> tuple[Image.Image | None, pandas.DataFrame | None]:
+    def show(picture: Image.Image | None, name: str) -> tuple[Figure | None, Figure | None]:
         return (None, None) if picture is None else attend(served, picture, name)
 
     with gradio.Blocks(title="E2VPT adapters", analytics_enabled=False) as page:
         gradio.Markdown("# One backbone, many adapters\nDrop a picture, then choose which adapter judges it.")
         with gradio.Row():
             with gradio.Column():
-                picture = gradio.Image(type="pil", sources=["upload", "clipboard"], label="Picture", height=360)
+                picture = gradio.Image(
+                    type="pil", sources=["upload", "clipboard"], buttons=["fullscreen"], label="Picture", height=386
+                )
+            with gradio.Column():
                 name = gradio.Radio(names, value=names[0], label="Adapter", elem_id="adapter")
                 probabilities = gradio.Label(num_top_classes=5, label="Answer", elem_id="answer")
-            with gradio.Column():
-                seen = gradio.Image(
-                    label="Where the class token looks in the last layer",
-                    format="png",
-                    height=360,
-                    interactive=False,
-                    elem_id="attention",
-                )
-                shares = gradio.BarPlot(
-                    x="layer",
-                    y="attention",
-                    color="keys",
-                    x_title="layer",
-                    y_title="% of the class token's attention",
-                    color_title=" ",
-                    label="Attention to prompts",
-                    height=260,
-                    elem_id="shares",
-                )
+        with gradio.Row():
+            with gradio.Column(scale=2):
+                gradio.Markdown("### Attention to prompts, layer by layer")
+                shares = gradio.Plot(show_label=False, format="png", elem_id="shares")
+            with gradio.Column(scale=3):
+                gradio.Markdown("### Attention to the picture, without prompts and with them")
+                maps = gradio.Plot(show_label=False, format="png", elem_id="maps")
         # One at a time: both choose the model's active adapter.
         changes = [picture.change, name.change]
         inputs = [picture, name]
         gradio.on(changes, answer, inputs, probabilities, concurrency_limit=1, concurrency_id="model")
-        gradio.on(changes, show, inputs, [seen, shares], concurrency_limit=1, concurrency_id="model")
+        gradio.on(changes, show, inputs, [shares, maps], concurrency_limit=1, concurrency_id="model")
     return page
 
 
@@ -244,7 +197,7 @@ def main() -> None:
         served = load_adapters(name_adapters(args.adapter or find_adapters()))
     except ValueError as error:
         parser.error(str(error))
-    build_page(served).launch(server_port=args.port, show_error=True, footer_links=[])
+    build_page(served).launch(server_port=args.port, show_error=True, footer_links=[], theme=THEME)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,21 @@ from typing import Any
 import pytest
 from adapted import config_of, trained
 from models import build
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessorPil
 
 
-DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 TREES = ["ash", "beech", "cedar", "dogwood", "elm"]
 BIRDS = ["auk", "bittern", "crane", "dove", "eider"]
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")
+sys.path.insert(0, str(EXAMPLES))
+
+import demo  # noqa: E402
+
+
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs the extra `demo`")
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
@@ -62,10 +68,6 @@ def adapters(base) -> list[Path]:
     ]
 
 
-def command(*arguments: Any) -> list[str]:
-    return [sys.executable, str(DEMO), *map(str, arguments)]
-
-
 @pytest.fixture
 def address(adapters, tmp_path) -> Iterator[str]:
     """The page with both adapters, in a process of its own."""
@@ -74,7 +76,8 @@ def address(adapters, tmp_path) -> Iterator[str]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command(*adapters, "--port", port), stdout=log, stderr=subprocess.STDOUT)
+        command = [sys.executable, EXAMPLES / "demo.py", *adapters, "--port", str(port)]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 90
         while process.poll() is None and time.monotonic() < deadline:
@@ -111,8 +114,6 @@ def requested_addresses(browser: Any) -> list[str]:
 @pytest.mark.browser
 @needs_browser
 def test_visitor_drops_a_picture_and_changes_the_adapter(address, browser, tmp_path):
-    from PIL import Image
-
     Image.linear_gradient("L").save(tmp_path / "picture.png")
 
     def see(selector: str) -> list[Any]:
@@ -122,7 +123,7 @@ def test_visitor_drops_a_picture_and_changes_the_adapter(address, browser, tmp_p
         return " ".join(element.text for element in see(selector))
 
     def picture() -> str | None:
-        return next((image.get_attribute("src") for image in see("#attention img")), None)
+        return next((image.get_attribute("src") for image in see("#maps img")), None)
 
     wait = WebDriverWait(browser, 60)
     browser.get(address)
@@ -131,7 +132,7 @@ def test_visitor_drops_a_picture_and_changes_the_adapter(address, browser, tmp_p
 
     see("input[type=file]")[0].send_keys(str(tmp_path / "picture.png"))
     wait.until(lambda _: all(label in read("#answer") for label in TREES))
-    wait.until(lambda _: picture() is not None and see("#shares canvas, #shares svg.marks"))
+    wait.until(lambda _: picture() is not None and see("#shares img"))
     of_trees = picture()
 
     next(label for label in see("#adapter label") if label.text == "birds").click()
@@ -146,21 +147,42 @@ def test_visitor_drops_a_picture_and_changes_the_adapter(address, browser, tmp_p
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (None, "There is no adapter at"),
-        (TREES[:3], "All adapters need the same number of classes"),
+        (None, "There is no adapter at .* To make one: python examples/finetune.py"),
+        (TREES[:3], "All adapters need the same number of classes, found {'trees': 5, 'few': 3}"),
     ],
     ids=["no adapter", "other number of classes"],
 )
-def test_adapters_that_cannot_be_shown_are_refused_with_what_to_do(base, adapters, tmp_path, labels, message):
+def test_adapters_that_cannot_be_shown_are_refused(base, adapters, tmp_path, labels, message):
     if labels is not None:
         save_adapter(base, tmp_path, labels)
-    done = subprocess.run(command(adapters[0], tmp_path), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(ValueError, match=message):
+        demo.load_adapters({"trees": adapters[0], "few": tmp_path})
 
 
-def test_without_adapters_the_page_says_which_command_makes_them(tmp_path):
-    done = subprocess.run(command(), capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "python examples/finetune.py --prune" in done.stderr
+def test_without_adapters_the_page_says_which_command_makes_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["demo.py"])
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert "python examples/finetune.py --prune" in capsys.readouterr().err
+
+
+def test_only_adapters_of_e2vpt_are_found_in_a_run(base, adapters):
+    LoraConfig().save_pretrained(base / "lora")
+    assert demo.find_adapters(base) == sorted(adapters)
+
+
+def test_adapters_are_named_by_what_differs_in_their_paths(tmp_path):
+    folders = [tmp_path / "run-0.5" / "e2vpt", tmp_path / "run-1" / "e2vpt"]
+    assert list(demo.name_adapters(folders)) == ["run-0_5/e2vpt", "run-1/e2vpt"]
+    assert list(demo.name_adapters(folders[:1])) == ["e2vpt"]
+
+
+def test_a_backbone_whose_attention_cannot_be_drawn_answers_all_the_same():
+    model = get_peft_model(build("swin")[0], config_of()).eval()
+    model.peft_config["default"].labels = TREES
+    served = demo.Served(model, {"default": ViTImageProcessorPil(size={"height": 32, "width": 32})})
+    picture = Image.linear_gradient("L").convert("RGB")
+    assert sum(demo.classify(served, picture, "default").values()) == pytest.approx(1)
+    with pytest.raises(ValueError, match="Windows and pyramids have no map"):
+        demo.attend(served, picture, "default")

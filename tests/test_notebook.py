@@ -34,7 +34,9 @@ def test_notebook_runs_from_top_to_bottom(notebook, tmp_path):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     pictures = [cell for cell in cells if any("image/png" in output.get("data", {}) for output in cell.outputs)]
     assert len(pictures) == 3  # a photograph, the pruning, the photograph that is judged
-    assert "<- chosen" in "".join(map(printed, cells))
+    before, after = [printed(cell) for cell in cells if "tuned values" in printed(cell)]
+    assert "prompts 34,560" in before
+    assert "prompts 21,888" in after
     answers = [line.rsplit(" ", 1)[1] for line in printed(cells[-1]).splitlines()]
     assert set(answers[0::2]) <= {"functional", "defective"}
     assert set(answers[1::2]) <= {"mono", "poly"}
