@@ -14,11 +14,13 @@ from peft_e2vpt import E2VPTConfig
 
 
 BACKBONES = {
+    "tiny": {"hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 80},
     "vit-s": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
     "vit-b": {},
     "vit-l": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "vit-h": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120},
 }
-METHODS = ("plain", "e2vpt", "inserted", "lora")
+METHODS = ("plain", "e2vpt", "inserted", "lora", "full")
 
 
 class InsertedPrompts(nn.Module):
@@ -62,6 +64,8 @@ def build(method: str, backbone: str, image_size: int, num_visual_prompts: int, 
     model = ViTForImageClassification(config)
     if method == "plain":
         return model.requires_grad_(False)
+    if method == "full":
+        return model
     if method == "inserted":
         return InsertedPrompts(model, num_visual_prompts)
     if method == "lora":

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 import transformers
 from baselines import BACKBONES, build
-from speed import make_batch, print_ratios, take_turns
+from timing import make_batch, print_ratios, take_turns
 
 from peft_e2vpt import score_prompts, search_pruning
 

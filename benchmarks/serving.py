@@ -18,7 +18,7 @@ import torch
 import transformers
 from baselines import BACKBONES, build
 from peft import PeftModel
-from speed import make_batch, print_ratios, take_turns
+from timing import make_batch, print_ratios, take_turns
 
 from peft_e2vpt import E2VPTConfig
 from peft_e2vpt.container import prompt_layers

@@ -322,12 +322,16 @@ class PictureTrainer(Trainer):
     Args:
         head_names (`list[str]`): The modules of the head.
         head_learning_rate (`float`): Their learning rate.
+        mirror (`bool`, *optional*, defaults to `True`): Whether to mirror pictures.
     """
 
-    def __init__(self, *args: Any, head_names: list[str], head_learning_rate: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, head_names: list[str], head_learning_rate: float, mirror: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.head_names = head_names
         self.head_learning_rate = head_learning_rate
+        self.mirror = mirror
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
@@ -349,6 +353,8 @@ class PictureTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any) -> torch.Tensor:
         # Mirrored here, not while loading: batches are loaded ahead, with random numbers no checkpoint knows.
+        if not self.mirror:
+            return super().training_step(model, inputs, *args)
         pictures = inputs["pixel_values"]
         mirrored = torch.rand(len(pictures), 1, 1, 1).to(pictures.device) < 0.5
         return super().training_step(
@@ -545,6 +551,7 @@ def run_method(
     pictures = splits[name].with_transform(picture_transform(processor))
     metrics = trainer.evaluate(pictures, metric_key_prefix=name)
     trainer.save_model()
+    trainer.save_state()  # losses and accuracies of the run, which pictures.py draws
     if args.push_to_hub:
         trainer.push_to_hub()
     return {

@@ -1,5 +1,11 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """E2VPT, effective and efficient visual prompt tuning, as a PEFT method. Importing this package registers it."""
+# ruff: noqa: E402
+
+from .requirements import check_requirements
+
+
+check_requirements()  # before the imports below, which fail less clearly with old versions
 
 from .callback import PruneRewindCallback
 from .config import E2VPTConfig

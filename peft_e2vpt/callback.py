@@ -7,25 +7,39 @@ import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.scheduler import AcceleratedScheduler
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .container import visual_prompt_layers
 from .importance import ImportanceScores, score_prompts, zero_scores
-from .pruning import MIN_SEGMENTS, MIN_TOKENS, Gates, apply_gates, current_gates, prune, prune_to_budget
+from .measuring import no_trace
+from .pruning import (
+    MIN_SEGMENTS,
+    MIN_TOKENS,
+    Gates,
+    apply_gates,
+    check_ratio,
+    current_gates,
+    prune,
+    prune_to_percentage,
+)
 from .report import REPORT_NAME, PruningReport
 from .rewinding import redraw, rewind, trained_tensors
 from .schedule import TwoPartSchedule
-from .search import RATIOS, PruningSearch, search_pruning
+from .search import RATIOS, PruningSearch, labels_of, search_pruning
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 logger = logging.get_logger(__name__)
@@ -37,6 +51,8 @@ TARGET_FILE = "_rewind_target.safetensors"  # Trainer.push_to_hub leaves names w
 
 def _running_trainer() -> Trainer:
     """Finds the `Trainer` whose event is being handled: transformers hands callbacks its parts, but not itself."""
+    from transformers import Trainer  # brings datasets and pandas, which importing this package does not need
+
     frame = inspect.currentframe()
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), Trainer):
@@ -60,6 +76,21 @@ class _Prepared(DataLoader):
 def _is_stream(dataset: Any) -> bool:
     """Whether a data set has no length or cannot be read at an index."""
     return isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset)
+
+
+def _first_sample(dataset: Any, name: str) -> Any:
+    """Sample 0 of a set as the Trainer prepares it.
+
+    Raises:
+        ValueError: a transform of it misses a column that the Trainer has removed.
+    """
+    try:
+        return dataset[0]
+    except KeyError as error:
+        raise ValueError(
+            f"Reading sample 0 of the {name} set failed for want of {error}. If that is a column that a transform of "
+            "the set needs, the Trainer has removed it: pass remove_unused_columns=False to TrainingArguments."
+        ) from error
 
 
 class PruneRewindCallback(TrainerCallback, ExportableState):
@@ -109,8 +140,9 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: at construction or when training begins; an argument is impossible, the run is too short for two
-            parts, the model has no visual prompts, a set to search on is missing, or the run shards the model in a way
-            that hides the trained tensors (FSDP1, DeepSpeed without ZeRO, an optimizer on a disk).
+            parts, the model has no visual prompts or is frozen, a set to search on is missing, empty or without
+            labels, a transform misses a column that the Trainer has removed, or the run shards the model in a way that
+            hides the trained tensors (FSDP1, DeepSpeed without ZeRO, an optimizer on a disk).
     """
 
     def __init__(
@@ -141,6 +173,8 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
             raise ValueError(f"max_tuned_percentage lies between 0 and 100, got {max_tuned_percentage}.")
         if max_tuned_percentage is not None and (tokens is not None or segments is not None):
             raise ValueError("Pass either a budget, max_tuned_percentage, or amounts, tokens and segments, not both.")
+        for ratio in (*token_ratios, *segment_ratios, *(a for a in (tokens, segments) if isinstance(a, float))):
+            check_ratio(ratio)
         self.prune_after = prune_after
         self.unit = unit
         self.tokens = tokens
@@ -150,8 +184,8 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
         self.min_segments = min_segments
         self.rewind_to = rewind_to
         self.early_steps = early_steps
-        self.token_ratios = tuple(token_ratios)
-        self.segment_ratios = tuple(segment_ratios)
+        self.token_ratios = tuple(float(ratio) for ratio in token_ratios)
+        self.segment_ratios = tuple(float(ratio) for ratio in segment_ratios)
         self.max_score_batches = max_score_batches
         self.validation_dataset = validation_dataset
         self.report: PruningReport | None = None
@@ -219,7 +253,9 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
             raise ValueError("The Trainer has more than one PruneRewindCallback: pass one.")
         adapter_name, layers = visual_prompt_layers(model)
         self._check_sharding(trainer)
+        self._check_trainable(model, adapter_name)
         self._check_sets(trainer)
+        self._check_samples(trainer)
         self._boundary = self._find_boundary(args, state, kwargs["train_dataloader"])
         self._check_amounts(trainer, adapter_name)
         if state.global_step == 0:
@@ -250,6 +286,15 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
                 f"has to end after step {first} to {state.max_steps - 1}. Train longer or change prune_after."
             )
         return boundary
+
+    @staticmethod
+    def _check_trainable(model: nn.Module, adapter_name: str) -> None:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"The adapter {adapter_name!r} is frozen, so there is nothing to train: load it with "
+                "is_trainable=True, as in peft_e2vpt.load(..., is_trainable=True) or PeftModel.from_pretrained(..., "
+                "is_trainable=True)."
+            )
 
     @staticmethod
     def _check_sharding(trainer: Trainer) -> None:
@@ -292,12 +337,24 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
                 "PruneRewindCallback compares prunings on a set with a length and an index, got the stream "
                 f"{type(data).__name__}: pass another as validation_dataset."
             )
-        if data is None:
+        if data is None or not len(data):
+            found = "there is none" if data is None else "it is empty"
             raise ValueError(
-                "PruneRewindCallback compares prunings on an evaluation set, but there is none: pass eval_dataset to "
-                "the Trainer or validation_dataset to the callback, or say what to prune (tokens, segments or "
+                f"PruneRewindCallback compares prunings on an evaluation set, but {found}: pass eval_dataset to the "
+                "Trainer or validation_dataset to the callback, or say what to prune (tokens, segments or "
                 "max_tuned_percentage)."
             )
+
+    def _check_samples(self, trainer: Trainer) -> None:
+        """Reads what would otherwise fail in the first batch, or only after the first part."""
+        with no_trace(trainer.model, []):
+            training_data = trainer.callback_handler.train_dataloader.dataset
+            if training_data is not trainer.train_dataset:  # the Trainer has removed columns
+                _first_sample(training_data, "training")
+            if self.searches:
+                data = trainer.get_eval_dataloader(self._validation_data(trainer)).dataset
+                collate = trainer.callback_handler.train_dataloader.collate_fn
+                labels_of(collate([_first_sample(data, "evaluation")]))
 
     def _check_amounts(self, trainer: Trainer, adapter_name: str) -> None:
         """Finds out before the first part whether the amounts to prune are possible."""
@@ -408,15 +465,7 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
             return search.gates, search
         if self.max_tuned_percentage is None:
             return prune(scores, self.tokens or 0.0, self.segments or 0.0, **bounds), None
-        _, layers = visual_prompt_layers(trainer.model, adapter_name)
-        widths = [layer.site.width for layer in layers]
-        summary = trainer.model.prompt_summary(adapter_name)
-        fixed = summary.num_tuned_values - sum(
-            int(layer.alive(adapter_name).sum()) for layer in layers
-        )  # head and key-value prompts
-        ratio = self.max_tuned_percentage / 100.0
-        budget = int(ratio / (1.0 - ratio) * summary.num_backbone_values) - fixed
-        return prune_to_budget(scores, budget, widths, **bounds), None
+        return prune_to_percentage(trainer.model, scores, self.max_tuned_percentage, adapter_name, **bounds), None
 
     def _rewind(self, trainer: Trainer, adapter_name: str) -> None:
         if self.rewind_to == "fresh":

@@ -95,7 +95,7 @@ def visual_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> t
     """Returns the name of the adapter, by default the active one, and the layers with visual prompts of it.
 
     Raises:
-        ValueError: the model has no E2VPT adapter, or the adapter has no visual prompts.
+        ValueError: the model has no E2VPT adapter, or none of this name, or the adapter has no visual prompts.
     """
     layers = prompt_layers(model)
     if not layers:
@@ -103,6 +103,9 @@ def visual_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> t
             f"{type(model).__name__} has no E2VPT adapter: wrap it with get_peft_model(model, E2VPTConfig()) first."
         )
     adapter_name = adapter_name or layers[0].active_adapters[0]
+    present = dict.fromkeys(name for layer in layers for name in layer.e2vpt_config)
+    if adapter_name not in present:
+        raise ValueError(f"Adapter {adapter_name} does not exist; the model has {', '.join(present)}.")
     prompted = [layer for layer in layers if adapter_name in layer.e2vpt_visual_prompts]
     if not prompted:
         raise ValueError(

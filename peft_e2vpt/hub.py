@@ -64,13 +64,14 @@ def push_to_hub(
 
     Raises:
         ValueError: the adapter does not exist, or is not one of E2VPT.
+        LocalTokenNotFoundError: no token is given, and nobody is logged in.
     """
     adapter_name = adapter_name or model.active_adapter
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, E2VPTConfig):
         found = "none of that name" if config is None else f"one of {config.peft_type.value}"
         raise ValueError(f"push_to_hub needs an E2VPT adapter, but {adapter_name!r} is {found}.")
-    api = HfApi(token=token)
+    api = HfApi(token=True if token is None else token)  # True: says so at once where nobody is logged in
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)

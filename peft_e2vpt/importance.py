@@ -121,6 +121,7 @@ def score_prompts(
 
     Raises:
         ValueError: there is nothing to score, no batch (of a sharded model, in one process), or no loss.
+        TypeError: a batch is not a dictionary.
         FloatingPointError: a gradient is not finite.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)

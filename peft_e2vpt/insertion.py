@@ -42,13 +42,17 @@ class ShallowInsertion:
         adapter_name: name of the adapter whose prompts these are.
         layer: the layer that owns the prompts, that of the first block.
         blocks: all blocks that the prompts pass, the first and the last included.
+
+    Attributes:
+        prefix_tokens: class and register tokens, which stay before the prompts.
     """
 
     def __init__(self, adapter_name: str, layer: E2VPTLayer, blocks: list[nn.Module]) -> None:
         assert layer.site.prefix_tokens is not None
         self.adapter_name = adapter_name
         self.layer = layer
-        self.prefix_tokens = layer.site.prefix_tokens  # class and register tokens, which stay before the prompts
+        self.blocks = blocks
+        self.prefix_tokens = layer.site.prefix_tokens
         self.handles = [
             blocks[0].register_forward_pre_hook(self._insert, with_kwargs=True),
             blocks[-1].register_forward_hook(self._remove),
@@ -63,12 +67,13 @@ class ShallowInsertion:
         for handle in self.handles:
             handle.remove()
 
-    def _is_active(self) -> bool:
+    def is_active(self) -> bool:
+        """Whether a forward pass now has the prompts in its sequence."""
         layer = self.layer
         return not layer.disable_adapters and layer.mixed_batch is None and self.adapter_name in layer.active_adapters
 
     def _insert(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._is_active():
+        if not self.is_active():
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         prompts, _ = self.layer.visual_prompts(self.adapter_name, hidden.shape[0])
@@ -76,7 +81,8 @@ class ShallowInsertion:
         hidden = self._put_in(hidden, prompts, dim=1)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def _count(self) -> int:
+    def count(self) -> int:
+        """How many tokens are inserted: the prompts that have not been removed."""
         name, kept = self.adapter_name, self.layer.e2vpt_kept_tokens
         return len(kept[name]) if name in kept else self.layer.e2vpt_config[name].num_visual_prompts
 
@@ -84,15 +90,15 @@ class ShallowInsertion:
         """Adds the prompts to an attention mask that was made for the tokens alone: every token sees them."""
         place = self.mask_place
         mask = args[place] if len(args) > place else kwargs.get("attention_mask")
-        if mask is None or not self._is_active():
+        if mask is None or not self.is_active():
             return None
         if isinstance(mask, Tensor):
             seen = mask.new_full((), visible_value(mask))
-            mask = self._put_in(mask, seen.expand(*mask.shape[:-1], self._count()), dim=-1)
+            mask = self._put_in(mask, seen.expand(*mask.shape[:-1], self.count()), dim=-1)
             if mask.dim() == 4 and mask.shape[-2] > 1:  # prompts see what the first token sees
-                mask = self._put_in(mask, mask[:, :, :1].expand(-1, -1, self._count(), -1), dim=-2)
+                mask = self._put_in(mask, mask[:, :, :1].expand(-1, -1, self.count(), -1), dim=-2)
         else:
-            mask = _widen_block_mask(mask, self.prefix_tokens, self._count())
+            mask = _widen_block_mask(mask, self.prefix_tokens, self.count())
         if len(args) > place:
             return (*args[:place], mask, *args[place + 1 :]), kwargs
         return args, {**kwargs, "attention_mask": mask}
@@ -103,9 +109,9 @@ class ShallowInsertion:
         return torch.cat([before, prompts, behind], dim=dim)
 
     def _remove(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not self._is_active():
+        if not self.is_active():
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        behind = self.prefix_tokens + self._count()
+        behind = self.prefix_tokens + self.count()
         hidden = torch.cat([hidden[:, : self.prefix_tokens], hidden[:, behind:]], dim=1)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -160,6 +160,13 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if self.training or self.mixed_batch is not None:
             self.num_samples = args[0].shape[0]
 
+    def _replicate_for_data_parallel(self) -> E2VPTLayer:
+        raise RuntimeError(
+            "E2VPT does not work in torch.nn.DataParallel, whose copies of the model would all use the prompts on the "
+            "first GPU: start one process per GPU with torchrun or accelerate launch, or show the program a single "
+            "GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+
     # ------------------------------------------------------------------------------------------------ PEFT's contract
     def get_base_layer(self) -> nn.Module:
         """The adapted self-attention."""
@@ -311,16 +318,21 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         behind = self.e2vpt_config[adapter_name].kv_prompt_position == "after"
         return kv_prompts.shape[2] if behind and kv_prompts is not None else 0
 
+    def num_visual_rows(self, adapter_name: str) -> int:
+        """How many rows the visual prompts of an adapter give to this attention, without those removed."""
+        if adapter_name not in self.e2vpt_config or not self._has_visual_rows(adapter_name):
+            return 0
+        kept = self.e2vpt_kept_tokens
+        return len((kept if adapter_name in kept else self.e2vpt_visual_prompts)[adapter_name])
+
+    def num_kv_rows(self, adapter_name: str) -> int:
+        """How many rows the key-value prompts of an adapter give to this attention."""
+        kv_prompts = self.kv_prompts(adapter_name) if adapter_name in self.e2vpt_config else None
+        return 0 if kv_prompts is None else kv_prompts.shape[2]
+
     def num_rows(self, adapter_name: str) -> int:
         """P, how many rows an adapter gives to this attention; 0 where it has no part in it."""
-        if adapter_name not in self.e2vpt_config:
-            return 0
-        num_rows = 0
-        if self._has_visual_rows(adapter_name):
-            kept = self.e2vpt_kept_tokens
-            num_rows = len((kept if adapter_name in kept else self.e2vpt_visual_prompts)[adapter_name])
-        kv_prompts = self.kv_prompts(adapter_name)
-        return num_rows if kv_prompts is None else num_rows + kv_prompts.shape[2]
+        return self.num_visual_rows(adapter_name) + self.num_kv_rows(adapter_name)
 
     def visual_prompts(self, adapter_name: str, num_samples: int | None) -> tuple[Tensor, Tensor | None]:
         """Applies gates and dropout to the visual prompts of an adapter.

@@ -60,7 +60,7 @@ def load(
     """
     where = str(repo_or_path)
     download = {name: settings[name] for name in DOWNLOAD_SETTINGS if name in settings}
-    config = _read_config(where, revision, subfolder, download)
+    config = read_config(where, revision, subfolder, **download)
     name = str(base_model or config.base_model_name_or_path or "")
     if not name:
         raise ValueError(
@@ -71,7 +71,7 @@ def load(
     if base_model is None and config.revision is not None:
         settings.setdefault("revision", config.revision)
     try:
-        base: nn.Module = _class_of(where, config).from_pretrained(name, **settings)
+        base: nn.Module = class_of(where, config).from_pretrained(name, **settings)
     except OSError as error:
         raise ValueError(
             f"The base model {name!r} of the adapter {where} cannot be loaded; if it has moved, pass base_model=..."
@@ -90,26 +90,51 @@ def load(
     )
 
 
-def _read_config(where: str, revision: str | None, subfolder: str | None, download: dict[str, Any]) -> E2VPTConfig:
-    name = f"{where}/{subfolder}" if subfolder else where
-    path = Path(where, subfolder or "", CONFIG_NAME)
-    if not Path(where).is_dir():
-        try:
-            path = Path(hf_hub_download(where, CONFIG_NAME, revision=revision, subfolder=subfolder, **download))
-        except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
-            raise ValueError(f"There is no adapter at {name}: no {CONFIG_NAME} was found.") from error
-    elif not path.exists():
-        raise ValueError(f"There is no adapter at {name}: no {CONFIG_NAME} was found.")
+def adapter_file(
+    where: str, name: str, revision: str | None = None, subfolder: str | None = None, **download: Any
+) -> Path:
+    """The path of a file of an adapter; one on the Hub is downloaded by itself.
+
+    Args:
+        where: a repository of the Hub, or a folder.
+        name: of the file.
+        revision: branch, tag or commit of the repository.
+        subfolder: where in the repository or folder the adapter lies.
+        download: settings of the download.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    missing = f"There is no adapter at {where}{f'/{subfolder}' if subfolder else ''}: no {name} was found."
+    if Path(where).is_dir():
+        path = Path(where, subfolder or "", name)
+        if not path.exists():
+            raise ValueError(missing)
+        return path
+    try:
+        return Path(hf_hub_download(where, name, revision=revision, subfolder=subfolder, **download))
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(missing) from error
+
+
+def read_config(where: str, revision: str | None = None, subfolder: str | None = None, **download: Any) -> E2VPTConfig:
+    """The configuration of an adapter; the arguments are those of `adapter_file`.
+
+    Raises:
+        ValueError: there is no adapter, or it is not one of E2VPT.
+    """
+    path = adapter_file(where, CONFIG_NAME, revision, subfolder, **download)
     content = json.loads(path.read_text(encoding="utf-8"))
     method = content.get("peft_type")
     if method != METHOD:
+        name = f"{where}/{subfolder}" if subfolder else where
         raise ValueError(f"The adapter at {name} is one of {method}, not of {METHOD}: load it with PEFT alone.")
     config: E2VPTConfig = E2VPTConfig.from_pretrained(str(path.parent))
     return config
 
 
-def _class_of(where: str, config: E2VPTConfig) -> Any:
-    """The class of the base model: one of transformers, so that an adapter cannot name other code to import."""
+def class_of(where: str, config: E2VPTConfig) -> Any:
+    """The class of a base model: one of transformers, so that an adapter cannot name other code to import."""
     if config.auto_mapping is None:  # with a task type PEFT writes none
         return transformers.AutoModelForImageClassification
     name = config.auto_mapping["base_model_class"]

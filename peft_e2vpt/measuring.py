@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
@@ -76,6 +76,27 @@ def no_trace(model: nn.Module, dataloader: Iterable[Any], seed: int | None = Non
 
 
 @contextmanager
+def running_as(implementation: str, layers: list[E2VPTLayer], instead_of: Callable[[str], bool]) -> Iterator[None]:
+    """Runs a block with another attention implementation.
+
+    Args:
+        implementation: its name.
+        layers: the layers whose towers run with it.
+        instead_of: which implementations give way to it, by their names.
+    """
+    configs = {id(source): source for layer in layers if (source := layer.attention_config) is not None}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    switched = [key for key, name in before.items() if instead_of(name)]
+    try:
+        for key in switched:
+            configs[key]._attn_implementation = implementation
+        yield
+    finally:
+        for key in switched:
+            configs[key]._attn_implementation = before[key]
+
+
+@contextmanager
 def gates_on(place: str, layers: list[E2VPTLayer]) -> Iterator[None]:
     """Lets attentions that cannot add to their scores (flash, flex) run as sdpa where gates are on the `"attention"`.
 
@@ -83,16 +104,8 @@ def gates_on(place: str, layers: list[E2VPTLayer]) -> Iterator[None]:
         place: `"attention"` or `"embedding"`.
         layers: the layers whose gates are measured.
     """
-    configs = {id(source): source for layer in layers if (source := layer.attention_config) is not None}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    switched = [key for key, name in before.items() if place == "attention" and ("flash" in name or "flex" in name)]
-    try:
-        for key in switched:
-            configs[key]._attn_implementation = "sdpa"
+    with running_as("sdpa", layers, lambda name: place == "attention" and ("flash" in name or "flex" in name)):
         yield
-    finally:
-        for key in switched:
-            configs[key]._attn_implementation = before[key]
 
 
 def _is_distributed() -> bool:
@@ -133,6 +146,7 @@ def batches(
 
     Raises:
         ValueError: processes keep step, and one has no batch at all.
+        TypeError: a batch is not a dictionary.
     """
     total = len(dataloader) if isinstance(dataloader, Sized) else None
     if max_batches is not None:
@@ -141,12 +155,12 @@ def batches(
     bar = logging.tqdm(islice(dataloader, max_batches), total=total, desc=description, leave=False, disable=hidden)
     if not (in_step and _is_distributed()):
         for batch in bar:
-            inputs = send_to_device(dict(batch), device)
+            inputs = _inputs_of(batch, device)
             yield Batch(inputs, _size(inputs), _size(inputs), True)
         return
     inputs = {}
     for batch in chain(bar, repeat(None)):
-        inputs = inputs if batch is None else send_to_device(dict(batch), device)
+        inputs = inputs if batch is None else _inputs_of(batch, device)
         found = torch.tensor([_size(inputs) if inputs else 0, batch is not None, not inputs], device=device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         largest, one_has_more, one_has_none = found.tolist()
@@ -155,6 +169,16 @@ def batches(
         if one_has_none:
             raise ValueError("The model is sharded, so every process needs a batch, but one has none: use more data.")
         yield Batch(inputs, _size(inputs), largest, batch is not None)
+
+
+def _inputs_of(batch: Any, device: torch.device) -> dict[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            "A batch is a dictionary of what the model takes, such as {'pixel_values': ..., 'labels': ...}, got a "
+            f"{type(batch).__name__}: let the data set return dictionaries, or pass a collate_fn that makes one."
+        )
+    inputs: dict[str, Any] = send_to_device(dict(batch), device)
+    return inputs
 
 
 def _size(inputs: dict[str, Any]) -> int:

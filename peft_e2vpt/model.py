@@ -152,7 +152,10 @@ class E2VPTModel(BaseTuner):
             raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
         unknown = set(adapter_names) - self.peft_config.keys() - {BASE}
         if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; the model has "
+                f"{', '.join(self.peft_config)}, and {BASE} stands for none."
+            )
         self._refuse_shallow(set(adapter_names) - {BASE}, "be one of several in a batch")
         with one_adapter_per_sample(self.model, list(adapter_names)):
             yield
@@ -167,8 +170,14 @@ class E2VPTModel(BaseTuner):
 
     # ------------------------------------------------------------------------------------------------------- counting
     def prompt_summary(self, adapter_name: str | None = None) -> PromptSummary:
-        """Counts what is alive in an adapter, by default the active one."""
-        return summarise(self.model, adapter_name or self.active_adapters[0])
+        """Counts what is alive in an adapter, by default the active one.
+
+        Raises:
+            ValueError: the adapter does not exist.
+        """
+        adapter_name = adapter_name or self.active_adapters[0]
+        self._check_names([adapter_name])
+        return summarise(self.model, adapter_name)
 
     def print_prompt_summary(self, adapter_name: str | None = None) -> None:
         """Prints, per layer, the prompts and segments alive and their values, and the tuned percentage."""

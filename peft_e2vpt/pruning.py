@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .container import visual_prompt_layers
 from .importance import ImportanceScores
 from .sharding import reshard
+from .summary import summarise
 
 
 MIN_TOKENS = 1
@@ -49,6 +50,16 @@ class Gates:
         return sum(int(self.of_layer(i)[1].sum()) * width // num_segments for i, width in enumerate(widths))
 
 
+def check_ratio(ratio: float) -> None:
+    """Checks a ratio of things to prune.
+
+    Raises:
+        ValueError: it lies outside 0 to 1.
+    """
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"A pruning ratio lies between 0 and 1, got {ratio}; pass a whole number to prune so many.")
+
+
 def number_to_prune(count: int, amount: float | int, minimum: int) -> int:
     """How many of `count` things to prune so that `minimum` of them stay.
 
@@ -65,8 +76,7 @@ def number_to_prune(count: int, amount: float | int, minimum: int) -> int:
         if not 0 <= amount <= most:
             raise ValueError(f"Of {count}, 0 to {most} can be pruned so that {minimum} stay, got {amount}.")
         return amount
-    if not 0.0 <= amount <= 1.0:
-        raise ValueError(f"A pruning ratio lies between 0 and 1, got {amount}; pass a whole number to prune so many.")
+    check_ratio(amount)
     return min(math.floor(amount * count + 1e-9), most)
 
 
@@ -133,6 +143,48 @@ def prune_to_budget(
         f"{min_segments} segments a prompt, {gates.num_values(widths):,} values stay. Raise the budget or lower the "
         "bounds."
     )
+
+
+def prune_to_percentage(
+    model: nn.Module,
+    scores: ImportanceScores,
+    max_tuned_percentage: float,
+    adapter_name: str | None = None,
+    *,
+    min_tokens: int = MIN_TOKENS,
+    min_segments: int = MIN_SEGMENTS,
+) -> Gates:
+    """The same as `prune_to_budget`, for a percentage of the model as `PromptSummary` counts it, with the head.
+
+    Args:
+        model: a PEFT model with E2VPT.
+        scores: importance of its prompts and segments.
+        max_tuned_percentage: tuned values in percent of all values, between 0 and 100.
+        adapter_name: which adapter, by default the active one.
+        min_tokens: prompts that stay in every layer at least.
+        min_segments: segments that stay in every prompt at least.
+
+    Raises:
+        ValueError: the bounds leave more values than the budget has.
+    """
+    adapter_name, layers = visual_prompt_layers(model, adapter_name)
+    summary = summarise(model, adapter_name)
+    visual = sum(int(layer.alive(adapter_name).sum()) for layer in layers)
+    fixed = summary.num_tuned_values - visual  # head and key-value prompts
+    ratio = max_tuned_percentage / 100.0
+    budget = int(ratio / (1.0 - ratio) * summary.num_backbone_values) - fixed
+    widths = [layer.site.width for layer in layers]
+    least = prune(scores, 1.0, 1.0, min_tokens=min_tokens, min_segments=min_segments).num_values(widths)
+    if budget < least:
+        backbone = summary.num_backbone_values
+        alone, lowest = (100.0 * values / (values + backbone) for values in (fixed, fixed + least))
+        raise ValueError(
+            f"max_tuned_percentage={max_tuned_percentage} is too small: head and key-value prompts alone take "
+            f"{alone:.3f} % of the model, and with at least {min_tokens} visual prompts a layer and {min_segments} "
+            f"segments a prompt it is {lowest:.3f} %. Raise it to {math.ceil(1000.0 * lowest) / 1000.0:.3f} or more, "
+            "or lower num_kv_prompts, min_tokens or min_segments."
+        )
+    return prune_to_budget(scores, budget, widths, min_tokens=min_tokens, min_segments=min_segments)
 
 
 def current_gates(model: nn.Module, adapter_name: str | None = None) -> Gates:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,9 +64,24 @@ class PruningSearch:
         return "\n".join(lines)
 
 
+def labels_of(batch: Mapping[str, Any]) -> Tensor:
+    """The labels of a validation batch.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if "labels" not in batch:
+        raise ValueError(
+            f"Prunings are compared by their accuracy, but a validation batch holds only {', '.join(batch)}: let it "
+            "hold labels, or call search_pruning with a quality(outputs, batch) that needs none."
+        )
+    labels: Tensor = batch["labels"]
+    return labels
+
+
 def default_quality(outputs: Any, batch: dict[str, Any]) -> Tensor:
     """Per sample (B,): whether the label is right, or for soft and multiple labels minus the binary cross entropy."""
-    labels, logits = batch["labels"], outputs["logits"].float()
+    labels, logits = labels_of(batch), outputs["logits"].float()
     if labels.is_floating_point():
         return -F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").flatten(1).mean(1)
     correct: Tensor = logits.argmax(-1) == labels
@@ -138,7 +153,9 @@ def search_pruning(
         seed: makes random augmentations of the data repeatable.
 
     Raises:
-        ValueError: the scores do not fit the model, or the dataloader is empty (of a sharded model, in one process).
+        ValueError: the scores do not fit the model, the dataloader is empty (of a sharded model, in one process), or
+            its batches have no labels.
+        TypeError: a batch is not a dictionary.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     adapter_name, layers = active_prompt_layers(model, adapter_name)

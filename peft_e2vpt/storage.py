@@ -41,10 +41,15 @@ def fit_to_model(
     values = model.state_dict()
     for name, tensor in tensors.items():
         if f".modules_to_save.{adapter_name}." in name and name in values and tensor.shape != values[name].shape:
+            other_classes = tensor.shape[1:] == values[name].shape[1:]
             raise ValueError(
                 f"The adapter's tensor {name.replace(f'.modules_to_save.{adapter_name}', '')} has shape "
-                f"{tuple(tensor.shape)}, but the model needs {tuple(values[name].shape)}: load the base model "
-                f"with the number of classes of the adapter, num_labels={len(tensor)}."
+                f"{tuple(tensor.shape)}, but the model needs {tuple(values[name].shape)}: load "
+                + (
+                    f"the base model with the number of classes of the adapter, num_labels={len(tensor)}."
+                    if other_classes
+                    else "it on the backbone it was trained on."
+                )
             )
     live = {name: tensor for name, tensor in values.items() if ".e2vpt_" in name and name.endswith(f".{adapter_name}")}
     given = {name: tensor for name, tensor in tensors.items() if ".e2vpt_" in name}

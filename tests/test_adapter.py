@@ -232,8 +232,23 @@ def test_a_second_adapter_that_cannot_be_leaves_the_first_as_it_was(choice):
 
 def test_a_model_without_self_attention_is_refused_with_the_names_that_are_known():
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
-    with pytest.raises(ValueError, match="ResNetForImageClassification has no self-attention.*ViTAttention"):
+    with pytest.raises(
+        ValueError, match="ResNetForImageClassification has no self-attention.*such as ViTAttention, .*BACKBONES"
+    ):
         get_peft_model(transformers.ResNetForImageClassification(config), E2VPTConfig())
+
+
+def test_an_adapter_that_does_not_exist_is_not_counted():
+    model, _ = adapt()
+    with pytest.raises(ValueError, match="Adapter other does not exist; the model has default"):
+        model.prompt_summary("other")
+
+
+def test_copies_for_data_parallel_threads_are_refused():
+    model, _ = adapt()
+    with pytest.raises(RuntimeError, match="does not work in torch.nn.DataParallel.*torchrun"):
+        for module in model.modules():  # as torch.nn.parallel.replicate
+            module._replicate_for_data_parallel()
 
 
 def test_an_attention_that_is_not_known_is_named():

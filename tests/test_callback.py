@@ -7,6 +7,7 @@ Runs have 24 steps, 6 in an epoch, and prune after 12 of them where nothing else
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -864,6 +865,10 @@ def test_the_saved_adapter_is_the_trained_model(name: str, tmp_path: Path) -> No
         ({"early_steps": 3}, "rewind_to='early' and early_steps go together"),
         ({"max_tuned_percentage": 1.0, "tokens": 0.5}, "either a budget, max_tuned_percentage, or amounts"),
         ({"max_tuned_percentage": 100.0}, "max_tuned_percentage lies between 0 and 100, got 100.0"),
+        ({"tokens": 1.5}, "pruning ratio lies between 0 and 1, got 1.5"),
+        ({"segments": -0.5}, "pruning ratio lies between 0 and 1, got -0.5"),
+        ({"token_ratios": (0.0, 1.5)}, "pruning ratio lies between 0 and 1, got 1.5"),
+        ({"segment_ratios": (2,)}, "pruning ratio lies between 0 and 1, got 2"),
     ],
 )
 def test_impossible_arguments_are_refused_at_construction(settings: dict[str, Any], message: str) -> None:
@@ -871,9 +876,17 @@ def test_impossible_arguments_are_refused_at_construction(settings: dict[str, An
         PruneRewindCallback(**settings)
 
 
+SEARCH: dict[str, Any] = {"tokens": None, "segments": None}
+
+
 class Stream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         yield from Pictures()
+
+
+class Unlabelled(Pictures):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.pixels[index]}
 
 
 class StreamWithLength(Stream):
@@ -894,17 +907,18 @@ class StreamWithLength(Stream):
         ({"rewind_to": "early", "early_steps": 13}, {}, "it has to end after step 13 to 23. Train longer or change"),
         ({"tokens": 4}, {}, "Of 4, 0 to 3 can be pruned so that 1 stay, got 4"),
         ({"segments": 5}, {}, "Of 8, 0 to 4 can be pruned so that 4 stay, got 5"),
-        ({"tokens": 1.5}, {}, "pruning ratio lies between 0 and 1, got 1.5"),
-        ({"max_tuned_percentage": 0.01}, {}, "too small"),
+        ({"max_tuned_percentage": 0.01}, {}, "max_tuned_percentage=0.01 is too small: head and key-value prompts"),
         (
             {},
             {"train_dataset": Stream(), "max_steps": 10},
             "needs one with a length and an index, got the stream Stream",
         ),
         ({}, {"train_dataset": StreamWithLength(), "max_steps": 10}, "got the stream StreamWithLength"),
-        ({"tokens": None, "segments": None}, {"eval_dataset": Stream()}, "got the stream Stream: pass another as"),
+        (SEARCH, {"eval_dataset": Stream()}, "got the stream Stream: pass another as"),
+        (SEARCH, {"eval_dataset": Pictures(0)}, "compares prunings on an evaluation set, but it is empty: pass eval_"),
+        (SEARCH, {"eval_dataset": Unlabelled()}, "a validation batch holds only pixel_values: let it hold labels"),
         (
-            {"tokens": None, "segments": None},
+            SEARCH,
             {"eval_dataset": {"a": Pictures(), "b": Pictures()}},
             "several evaluation sets, a, b: pass the one to compare prunings on as validation_dataset",
         ),
@@ -921,6 +935,48 @@ def test_what_cannot_be_done_is_said_before_the_first_step(
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert not watch.rates
+
+
+def test_the_least_budget_that_is_named_can_be_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="too small") as error:
+        trainer_for(tmp_path, PruneRewindCallback(max_tuned_percentage=0.5)).train()
+    least = float(re.search(r"Raise it to ([\d.]+) or more", str(error.value)).group(1))
+    callback = PruneRewindCallback(max_tuned_percentage=least)
+    trainer_for(tmp_path, callback).train()
+    assert callback.report.tuned_percentage_after == pytest.approx(least, abs=2e-3)
+    assert callback.report.tuned_percentage_after <= least
+    with pytest.raises(ValueError, match=f"Raise it to {least:.3f} or more"):
+        trainer_for(tmp_path, PruneRewindCallback(max_tuned_percentage=least - 2e-3)).train()
+
+
+def test_a_transform_without_its_column_is_said_before_the_first_step(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures, watch = Pictures(), Watch()
+    columns = {"image": pictures.pixels.tolist(), "label": pictures.labels.tolist()}
+    data = datasets.Dataset.from_dict(columns).with_transform(
+        lambda batch: {"pixel_values": torch.tensor(batch["image"]), "labels": batch["label"]}
+    )
+    message = "set failed for want of 'image'.*pass remove_unused_columns=False to TrainingArguments"
+    for callback, settings in (
+        (PruneRewindCallback(**HALF), {"train_dataset": data}),
+        (PruneRewindCallback(), {"eval_dataset": data}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer_for(tmp_path, callback, watch=watch, **settings).train()
+    assert not watch.rates
+    callback = PruneRewindCallback(max_score_batches=1, token_ratios=[0.5], segment_ratios=[0.0])
+    trainer_for(tmp_path, callback, train_dataset=data, eval_dataset=data, remove_unused_columns=False).train()
+    assert callback.report is not None
+
+
+def test_a_frozen_adapter_is_refused_until_it_is_loaded_as_trainable(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path / "saved")
+    model = PeftModel.from_pretrained(build("vit")[0], tmp_path / "saved")
+    with pytest.raises(ValueError, match="adapter 'default' is frozen.*is_trainable=True"):
+        trainer_for(tmp_path, PruneRewindCallback(**HALF), model).train()
+    model = PeftModel.from_pretrained(build("vit")[0], tmp_path / "saved", is_trainable=True)
+    trainer_for(tmp_path, PruneRewindCallback(**HALF), model).train()
+    assert is_pruned(model)
 
 
 def test_a_missing_evaluation_set_is_said_before_the_first_step(tmp_path: Path) -> None:

@@ -569,6 +569,8 @@ def test_an_adapter_is_scored_by_name() -> None:
     assert torch.equal(score_prompts(model, [images()], adapter_name="birds").token, expected.token)
     with pytest.raises(ValueError, match="adapter 'cats' is not the active one: call model.set_adapter"):
         score_prompts(model, [images()], adapter_name="cats")
+    with pytest.raises(ValueError, match="Adapter dogs does not exist; the model has birds, cats"):
+        score_prompts(model, [images()], adapter_name="dogs")
     model.set_adapter("cats")
     assert score_prompts(model, [images()]).token.shape == (3, 2)
 
@@ -605,6 +607,8 @@ def test_what_cannot_be_scored_is_said_clearly() -> None:
         score_prompts(model, [batch], loss_fn=lambda model, batch: other(**batch).loss)
     with model.disable_adapter(), pytest.raises(ValueError, match="not the active one"):
         score_prompts(model, [batch])
+    with pytest.raises(TypeError, match="A batch is a dictionary .*, got a tuple: let the data set return"):
+        score_prompts(model, [tuple(batch.values())])
     with pytest.raises(FloatingPointError, match="not finite"):
         score_prompts(model, [{**batch, "pixel_values": torch.full_like(batch["pixel_values"], torch.nan)}])
 

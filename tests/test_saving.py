@@ -305,6 +305,13 @@ def test_a_base_model_with_another_number_of_classes_is_told_the_right_number(tm
         load(tmp_path, base, ignore_mismatched_sizes=ignore_mismatched_sizes)
 
 
+def test_a_base_model_of_another_width_is_told_apart_from_one_with_other_classes(tmp_path):
+    adapt()[0].save_pretrained(tmp_path)
+    base = transformers.ViTForImageClassification(transformers.ViTConfig(**{**VIT, "hidden_size": 64}, num_labels=5))
+    with pytest.raises(ValueError, match=r"\(5, 32\).*\(5, 64\): load it on the backbone it was trained on"):
+        load(tmp_path, base)
+
+
 def test_a_shorter_backbone_is_refused(tmp_path):
     adapt()[0].save_pretrained(tmp_path)
     config = transformers.ViTConfig(**{**VIT, "num_hidden_layers": 2}, num_labels=5)

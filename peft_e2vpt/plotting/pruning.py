@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of a pruned run; needs the extra `plot` (matplotlib)."""
+"""Which prompts and segments mattered, and which were pruned."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .report import PruningReport
+from ..report import PruningReport
+from .canvas import new_figure
 
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ def plot_pruning(report: PruningReport) -> Figure:
     """Draws the importance of every visual prompt, layer by layer, and the segments of it that were kept.
 
     Left, a square per prompt, darker where its importance is a larger part of its layer's largest; a cross where it
-    was pruned. Right, a square per segment of every prompt, filled where it was kept.
+    was pruned. Right, a square per segment of every prompt, filled where it was kept (paper section 3.3).
+
+    Thumbnail: `docs/pictures/e2vpt-pruned-pruning.png`.
 
     Args:
         report: the report of a pruning, `callback.report` or `PruningReport.load(folder)`.
@@ -26,16 +29,12 @@ def plot_pruning(report: PruningReport) -> Figure:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'peft_e2vpt[plot]'.") from error
     scores = np.asarray(report.token_scores)
     kept = np.asarray(report.token_gates) > 0
     segments = np.asarray(report.segment_gates) > 0
     num_layers, num_prompts, num_segments = segments.shape
     labels = [str(layer) for layer in report.layers] if num_layers > 1 else ["all"]
-    figure = Figure(figsize=(11, 1.6 + 0.32 * num_layers), layout="constrained")
+    figure = new_figure(11, 1.6 + 0.32 * num_layers)
     left, right = figure.subplots(1, 2, width_ratios=[1, 2])
     share = scores / np.maximum(scores.max(axis=1, keepdims=True), np.finfo(float).tiny)
     image = left.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")

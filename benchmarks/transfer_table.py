@@ -1,0 +1,170 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""Builds the tables of the transfer suite from its result lines, and a picture: accuracy against trained parameters.
+
+    python benchmarks/transfer_table.py outputs/transfer.jsonl [--methods linear e2vpt] [--picture transfer.png]
+
+Accuracies are per cent on test pictures: mean over the seeds, each with the learning rate that was best on validation
+pictures with seed 0. A method is in the means of groups and tasks only where it has run on every task of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transfer import Results
+
+
+Row = dict[str, Any]
+GROUPS = ("natural", "specialised", "structured")
+
+
+def chosen_rows(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The lines that count, per task and method: one per seed, with the rate chosen on validation with seed 0."""
+    of_cell: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        of_cell.setdefault((row["task"], row["method"]), []).append(row)
+    chosen = {}
+    for cell, members in of_cell.items():
+        first = [row for row in members if row["seed"] == 0]
+        if first:
+            rate = max(first, key=lambda row: row["validation_accuracy"])["learning_rate"]
+            chosen[cell] = [row for row in members if row["learning_rate"] == rate]
+    return chosen
+
+
+def mean_accuracy(rows: Sequence[Row]) -> float:
+    """Mean test accuracy in per cent."""
+    return 100 * statistics.mean(row["test_accuracy"] for row in rows)
+
+
+def cell(rows: Sequence[Row] | None) -> str:
+    """Mean and, in brackets, the standard deviation over seeds."""
+    if not rows:
+        return ""
+    if len(rows) == 1:
+        return f"{mean_accuracy(rows):.1f} (one seed)"
+    return f"{mean_accuracy(rows):.1f} ({statistics.stdev(100 * row['test_accuracy'] for row in rows):.1f})"
+
+
+def table_of_tasks(chosen: dict[tuple[str, str], list[Row]], tasks: list[str], methods: list[str]) -> str:
+    """A line per method, a column per task."""
+    lines = ["| method | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
+    for method in methods:
+        lines.append(f"| {method} | " + " | ".join(cell(chosen.get((task, method))) for task in tasks) + " |")
+    return "\n".join(lines)
+
+
+def summaries(chosen: dict[tuple[str, str], list[Row]], tasks: list[str], methods: list[str]) -> dict[str, Row]:
+    """Means of the methods that have run on all tasks: per group, of groups, of tasks; trained %, CPU seconds."""
+    found: dict[str, Row] = {}
+    for method in methods:
+        if any((task, method) not in chosen for task in tasks):
+            continue
+        of_task = {task: mean_accuracy(chosen[task, method]) for task in tasks}
+        rows = [row for task in tasks for row in chosen[task, method]]
+        groups = {
+            group: statistics.mean(of_task[task] for task in tasks if chosen[task, method][0]["group"] == group)
+            for group in GROUPS
+            if any(chosen[task, method][0]["group"] == group for task in tasks)
+        }
+        found[method] = {
+            "groups": groups,
+            "mean_of_groups": statistics.mean(groups.values()),
+            "mean_of_tasks": statistics.mean(of_task.values()),
+            "trained": statistics.mean(row["trained"] for row in rows),
+            "percent": statistics.mean(100 * row["trained"] / row["parameters"] for row in rows),
+            "cpu_seconds": statistics.mean(row["cpu_seconds"] for row in rows),
+        }
+    return found
+
+
+def table_of_means(found: dict[str, Row]) -> str:
+    """A line per method."""
+    groups = list(next(iter(found.values()))["groups"])
+    lines = [
+        f"| method | {' | '.join(groups)} | mean of groups | mean of tasks | trained | % of the model | CPU seconds |",
+        "|---|" + "---:|" * (len(groups) + 5),
+    ]
+    for method, row in found.items():
+        means = [*row["groups"].values(), row["mean_of_groups"], row["mean_of_tasks"]]
+        lines.append(
+            f"| {method} | {' | '.join(f'{mean:.1f}' for mean in means)} | {row['trained']:,.0f} "
+            f"| {row['percent']:.2f} | {row['cpu_seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def difference(chosen: dict[tuple[str, str], list[Row]], tasks: list[str], first: str, second: str) -> str | None:
+    """The mean difference of two methods over the tasks that both have run, and its standard error over the tasks."""
+    both = [task for task in tasks if (task, first) in chosen and (task, second) in chosen]
+    if len(both) < 2:
+        return None
+    gaps = [mean_accuracy(chosen[task, first]) - mean_accuracy(chosen[task, second]) for task in both]
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    ahead = sum(gap > 0 for gap in gaps)
+    return (
+        f"{first} minus {second}: {statistics.mean(gaps):+.1f} points "
+        f"(standard error over {len(both)} tasks {error:.1f}; ahead on {ahead})"
+    )
+
+
+def edges(chosen: dict[tuple[str, str], list[Row]], rows: list[Row]) -> list[str]:
+    """Says how often each method chose the smallest or the largest learning rate of its grid."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        grid = sorted({row["learning_rate"] for row in rows if row["method"] == method})
+        rates = [members[0]["learning_rate"] for (_, name), members in chosen.items() if name == method]
+        counts = ", ".join(f"{rate:g}: {rates.count(rate)}" for rate in grid)
+        lines.append(f"{method}: {counts}")
+    return lines
+
+
+def draw(found: dict[str, Row], path: Path) -> None:
+    """Draws accuracy against trained parameters."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for method, row in found.items():
+        axes.plot(row["percent"], row["mean_of_groups"], "o", color="tab:red" if "e2vpt" in method else "tab:blue")
+        place = (row["percent"], row["mean_of_groups"])
+        axes.annotate(method, place, textcoords="offset points", xytext=(6, 4), fontsize=9)
+    axes.set(xscale="log", xlabel="trained parameters, % of the model", ylabel="mean of groups, % of test pictures")
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.18)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--picture", type=Path, help="Write the picture to this file.")
+    parser.add_argument("--methods", nargs="+", help="Methods to show. Default: all.")
+    parser.add_argument("--against", nargs="+", default=["vpt-deep", "full", "linear", "lora"])
+    args = parser.parse_args()
+    rows = [row for row in Results(args.results) if args.methods is None or row["method"] in args.methods]
+    if not rows:
+        raise SystemExit(f"{args.results} has no results: run benchmarks/transfer.py first.")
+    chosen = chosen_rows(rows)
+    tasks, methods = (list(dict.fromkeys(key[i] for key in chosen)) for i in (0, 1))
+    tasks.sort(key=lambda task: GROUPS.index(next(row["group"] for row in rows if row["task"] == task)))
+    print(table_of_tasks(chosen, tasks, methods), end="\n\n")
+    found = summaries(chosen, tasks, methods)
+    if found:
+        print(table_of_means(found), end="\n\n")
+        if args.picture:
+            draw(found, args.picture)
+    for first in ("e2vpt", "e2vpt-pruned"):
+        for second in args.against:
+            line = difference(chosen, tasks, first, second)
+            if line:
+                print(f"* {line}")
+    print("\nLearning rates chosen (times):\n" + "\n".join(f"* {line}" for line in edges(chosen, rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Draw every picture of a run of `finetune.py`: prompts, attention, training, methods, embeddings.
+
+```bash
+python examples/finetune.py --prune --eval_strategy epoch   # accuracies during the run are drawn if there are any
+python examples/pictures.py runs/finetune                   # writes runs/finetune/pictures/*.png
+```
+
+With data of your own, pass the same options as to `finetune.py`: `--train_dir`, `--dataset_name`, `--image_size`.
+
+| file | what it shows |
+|---|---|
+| `methods.png` | accuracy of the methods against their trained parameters |
+| `METHOD-run.png` | loss, accuracy and learning rate, with the phases of pruning |
+| `METHOD-pruning.png` | importance of every prompt, and what was pruned |
+| `METHOD-prompt_attention.png` | attention that the class token and the patches give to prompts, layer by layer |
+| `METHOD-attention_maps.png` | where in a few pictures attention goes, with and without prompts |
+| `embeddings.png` | class tokens of the pictures, without prompts and with those of each method |
+
+Pictures come from the split that `finetune.py` reports. `peft_e2vpt.plotting` has the functions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from finetune import DataArguments, collate, load_processor, load_splits, picture_transform, reported_split
+from transformers import HfArgumentParser
+
+
+# peft_e2vpt and PIL are imported where they are used: `--help` should not wait for them.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from peft import PeftModel
+
+
+@dataclass
+class PictureArguments:
+    """What is drawn, and where it goes."""
+
+    pictures_dir: str | None = field(default=None, metadata={"help": "Where pictures go. Default: RUN/pictures."})
+    dpi: int = field(default=120, metadata={"help": "Dots per inch."})
+    num_pictures: int = field(default=200, metadata={"help": "Pictures to measure attention and embeddings on."})
+    num_maps: int = field(default=3, metadata={"help": "Pictures to draw attention maps of."})
+    maps_of: list[str] | None = field(
+        default=None, metadata={"help": "Files to draw attention maps of, instead of pictures of the data set."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the input in pixels. Default: as in the run."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the run, and of the choice of pictures."})
+
+
+def load_pictures(args: PictureArguments, data_args: DataArguments, folder: Path) -> tuple[dict, list[str]]:
+    """Loads a batch of random pictures from the reported split, and the names of the classes."""
+    splits = load_splits(data_args, args.seed)
+    pictures = splits[reported_split(splits)].shuffle(seed=args.seed)
+    chosen = pictures.select(range(min(args.num_pictures, len(pictures))))
+    transform = picture_transform(load_processor(str(folder), args.image_size))
+    return collate(list(chosen.with_transform(transform))), pictures.features["label"].names
+
+
+def load_files(args: PictureArguments, folder: Path) -> dict[str, torch.Tensor]:
+    """Loads pictures from files as a batch."""
+    from PIL import Image
+
+    transform = picture_transform(load_processor(str(folder), args.image_size))
+    pictures = [Image.open(path) for path in args.maps_of or []]
+    return {"pixel_values": transform({"image": pictures, "label": []})["pixel_values"]}
+
+
+def draw_run(folder: Path) -> Iterator[tuple[str, Figure]]:
+    """Draws what a method's folder says without its model: the training, and the pruning if there was one."""
+    from transformers import TrainerState
+
+    from peft_e2vpt import PruningReport
+    from peft_e2vpt.plotting import plot_pruning, plot_run
+    from peft_e2vpt.report import REPORT_NAME
+
+    report = PruningReport.load(folder) if (folder / REPORT_NAME).exists() else None
+    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    yield "run", plot_run(state.log_history, report)
+    if report is not None:
+        yield "pruning", plot_pruning(report)
+
+
+def draw_attention(
+    model: PeftModel, batch: dict[str, torch.Tensor], of_maps: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, Figure]]:
+    """Draws how much attention prompts get, and where in pictures the rest goes."""
+    from peft_e2vpt.attending import prompt_attention
+    from peft_e2vpt.plotting import plot_attention_maps, plot_prompt_attention
+
+    yield "prompt_attention", plot_prompt_attention(prompt_attention(model, batch))
+    yield "attention_maps", plot_attention_maps(model, of_maps)
+
+
+def is_e2vpt(folder: Path) -> bool:
+    """Whether a method's folder holds an adapter of this package."""
+    config = folder / "adapter_config.json"
+    return config.exists() and json.loads(config.read_text())["peft_type"] == "E2VPT"
+
+
+def draw(run: Path, args: PictureArguments, data_args: DataArguments) -> Iterator[tuple[str, Figure]]:
+    """Yields the name of every picture, and the picture."""
+    import peft_e2vpt
+    from peft_e2vpt.embedding import class_token_embeddings
+    from peft_e2vpt.plotting import plot_embeddings, plot_methods
+
+    rows: list[dict[str, Any]] = json.loads((run / "results.json").read_text())["methods"]
+    folders = {row["method"]: run / row["method"] for row in rows}
+    yield "methods", plot_methods(rows)
+    for method, folder in folders.items():
+        for name, figure in draw_run(folder):
+            yield f"{method}-{name}", figure
+
+    adapted = {method: folder for method, folder in folders.items() if is_e2vpt(folder)}
+    if not adapted:
+        return
+    first = next(iter(adapted.values()))
+    batch, label_names = load_pictures(args, data_args, first)
+    pixels, labels = {"pixel_values": batch["pixel_values"]}, batch["labels"]
+    of_maps = load_files(args, first) if args.maps_of else {"pixel_values": batch["pixel_values"][: args.num_maps]}
+    embeddings = {}
+    for method, folder in adapted.items():
+        model = peft_e2vpt.load(folder)
+        for name, figure in draw_attention(model, pixels, of_maps):
+            yield f"{method}-{name}", figure
+        if not embeddings:
+            with model.disable_adapter():
+                embeddings["without prompts"] = class_token_embeddings(model, pixels)
+        embeddings[method] = class_token_embeddings(model, pixels)
+    yield "embeddings", plot_embeddings(embeddings, labels, label_names)
+
+
+def main() -> None:
+    parser = HfArgumentParser((PictureArguments, DataArguments), description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "run", nargs="?", type=Path, default=Path("runs/finetune"), help="Output folder of finetune.py."
+    )
+    args, data_args, others = parser.parse_args_into_dataclasses()
+    target = Path(args.pictures_dir or others.run / "pictures")
+    target.mkdir(parents=True, exist_ok=True)
+    for name, figure in draw(others.run, args, data_args):
+        figure.savefig(target / f"{name}.png", dpi=args.dpi)
+        print(target / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""Pictures of prompts, attention and runs; they need the extra `plot` (matplotlib).
+
+| function | what it draws |
+|---|---|
+| `plot_pruning` | importance of every prompt, and the segments that were kept |
+| `plot_prompt_attention` | how much attention goes to prompts, layer by layer |
+| `plot_attention_maps` | where in a picture attention goes, with and without prompts |
+| `plot_run` | losses, accuracies and learning rate of a training run with its phases |
+| `plot_methods` | accuracy of methods against their trained parameters |
+| `plot_embeddings` | class-token embeddings in the plane and in the Poincare disk |
+
+Each returns a matplotlib `Figure`, which `figure.savefig(path)` writes and a notebook shows. `examples/pictures.py`
+draws all of them from a run of `examples/finetune.py`.
+"""
+
+from .attention import plot_attention_maps, plot_prompt_attention, rollout
+from .embeddings import plot_embeddings, poincare_disk, principal_components
+from .methods import plot_methods
+from .pruning import plot_pruning
+from .run import plot_run
+
+
+__all__ = [
+    "plot_attention_maps",
+    "plot_embeddings",
+    "plot_methods",
+    "plot_prompt_attention",
+    "plot_pruning",
+    "plot_run",
+    "poincare_disk",
+    "principal_components",
+    "rollout",
+]

@@ -1,0 +1,177 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""How much attention prompts get, and where in a picture the rest of it goes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from ..attending import KEY_VALUE, KINDS, TOKEN, VISUAL, AttentionMap, PromptAttention, attention_maps
+from .canvas import KEY_VALUE_COLOUR, VISUAL_COLOUR, new_figure
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def plot_prompt_attention(attention: PromptAttention) -> Figure:
+    """Draws the share of attention that the class token and the patches give to prompts, layer by layer.
+
+    A bar per layer, in percent, mean over heads, queries and samples: visual prompts below, key-value prompts on top
+    of them; the rest, up to 100 %, goes to image tokens. A black line marks what all prompts of the layer would get
+    together if a query gave every key the same.
+
+    Thumbnail: `docs/pictures/e2vpt-prompt_attention.png`.
+
+    Args:
+        attention: what `peft_e2vpt.attending.prompt_attention(model, batch)` has measured.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    parts = {"Class token": attention.class_token, "Patches": attention.patches}
+    drawn = {title: shares for title, shares in parts.items() if shares is not None}
+    num_layers = len(attention.layers)
+    figure = new_figure(1.2 + len(drawn) * max(3.0, 0.45 * num_layers), 3.6)
+    counts = attention.num_keys.double().numpy()
+    uniform = 100 * (1 - counts[:, TOKEN] / counts.sum(1))
+    places = np.arange(num_layers)
+    panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
+    for axes, (title, shares) in zip(panels, drawn.items(), strict=True):
+        percent = 100 * shares.double().mean(1).numpy()
+        axes.bar(places, percent[:, VISUAL], color=VISUAL_COLOUR, label=f"to {KINDS[VISUAL]}")
+        axes.bar(
+            places,
+            percent[:, KEY_VALUE],
+            bottom=percent[:, VISUAL],
+            color=KEY_VALUE_COLOUR,
+            label=f"to {KINDS[KEY_VALUE]}",
+        )
+        axes.hlines(uniform, places - 0.4, places + 0.4, color="black", label="if all keys got the same")
+        axes.set(title=title, xlabel="layer")
+        axes.set_xticks(places, [str(layer) for layer in attention.layers])
+    panels[0].set(ylabel="attention (%)", ylim=(0, 100))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def rollout(maps: list[AttentionMap]) -> Tensor:
+    """Follows attention through all layers: attention rollout (Abnar and Zuidema, ACL 2020, arXiv 2005.00928).
+
+    The product over the layers of `(W + I) / 2`, W the weights between tokens, mean over heads, I the residual
+    connection. Attention to prompts is left out, and what is left sums to 1 again: prompts come from no picture.
+
+    Args:
+        maps: all attentions of a plain vision transformer, from `attention_maps`.
+
+    Returns:
+        (B, N, N), how much of each token (last dimension) is in each token of the last layer.
+
+    Raises:
+        ValueError: layers differ in their tokens, so that there is no one sequence to follow (windows, pyramids).
+    """
+    between = [one.between_tokens() for one in maps]
+    if len({tuple(weights.shape[::2]) + (weights.shape[-1],) for weights in between}) > 1 or (
+        between[0].shape[-1] != between[0].shape[-2]
+    ):
+        raise ValueError(
+            "Attention can be followed through layers that all see the same tokens; here layers see "
+            + ", ".join(sorted({f"{weights.shape[-2]} x {weights.shape[-1]}" for weights in between}))
+            + f" in {len(between[0])} sequences and more. Windows and pyramids have no map over the whole picture."
+        )
+    total = torch.eye(between[0].shape[-1], dtype=between[0].dtype, device=between[0].device)
+    for weights in between:
+        total = (weights.mean(1) + torch.eye(len(total[-1])).to(weights)) / 2 @ total
+    return total
+
+
+class _Maps(NamedTuple):
+    """Maps over the patches of B pictures, (B, h, w), with mean 1: attention as a multiple of that to a mean patch."""
+
+    last_layer: np.ndarray
+    rollout: np.ndarray
+    to_prompts: np.ndarray  # (B,), share of the attention of the last layer that goes to prompts
+
+
+def _maps(maps: list[AttentionMap], height: int, width: int) -> _Maps:
+    prefix, last = maps[-1].num_prefix_tokens, maps[-1]
+    through = rollout(maps)
+    num_patches = through.shape[-1] - prefix
+    rows = round((num_patches * height / width) ** 0.5)
+    if not rows or num_patches % rows:
+        raise ValueError(f"{num_patches} patches do not fill a picture of {height} x {width} pixels.")
+
+    def over_picture(weights: Tensor) -> np.ndarray:
+        of_query = (weights[:, 0] if prefix else weights.mean(1))[:, prefix:]
+        of_query = of_query / of_query.mean(-1, keepdim=True)
+        grid: np.ndarray = of_query.unflatten(-1, (rows, -1)).float().cpu().numpy()
+        return grid
+
+    given = last.weights[..., last.kinds != TOKEN].sum(-1).mean(1)
+    to_prompts = (given[:, 0] if prefix else given.mean(1)).float().cpu().numpy()
+    return _Maps(over_picture(last.between_tokens().mean(1)), over_picture(through), to_prompts)
+
+
+def plot_attention_maps(model: PeftModel, inputs: dict[str, Any], *, num_prefix_tokens: int | None = None) -> Figure:
+    """Draws where in pictures the attention of the class token goes, with prompts and without.
+
+    A row per picture: the picture; the attention of the class token in the last layer and its rollout through all
+    layers (`rollout`), each without the adapter and with it. Values are multiples of the attention to a mean patch,
+    mean over heads; attention to prompts is left out, and written below. Without a class token it is the mean over
+    the patches.
+
+    Thumbnail: `docs/pictures/e2vpt-attention_maps.png`.
+
+    Args:
+        model: a PEFT model with E2VPT whose attentions see whole pictures.
+        inputs: a batch of a few pictures as the model takes it, with `pixel_values` (B, C, H, W).
+        num_prefix_tokens: class and register tokens before the patches; by default what is known of the backbone.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: as `attention_maps` and `rollout`, or patches do not form a rectangle.
+    """
+    pixels: Tensor = inputs["pixel_values"]
+    num_pictures, _, height, width = pixels.shape
+    with_prompts = _maps(attention_maps(model, inputs, num_prefix_tokens=num_prefix_tokens), height, width)
+    with model.disable_adapter():
+        without = _maps(attention_maps(model, inputs, num_prefix_tokens=num_prefix_tokens), height, width)
+    figure = new_figure(9.5, 0.9 + 1.95 * num_pictures * height / width)
+    grid = figure.subplots(num_pictures, 5, squeeze=False)
+    titles = ("picture", "last layer\nwithout prompts", "with prompts", "rollout\nwithout prompts", "with prompts")
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=10)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    pictures = [_as_colours(picture) for picture in pixels.float().cpu()]
+    for index, picture in enumerate(pictures):
+        grid[index, 0].imshow(picture, extent=(0, width, height, 0))
+        grid[index, 2].set_xlabel(f"{100 * with_prompts.to_prompts[index]:.0f} % to prompts", fontsize=9)
+    pairs = ((without.last_layer, with_prompts.last_layer), (without.rollout, with_prompts.rollout))
+    for pair, columns in zip(pairs, ((1, 2), (3, 4)), strict=True):
+        largest = max(float(maps.max()) for maps in pair)
+        for column, maps in zip(columns, pair, strict=True):
+            for index, (picture, weights) in enumerate(zip(pictures, maps, strict=True)):
+                image = _overlay(grid[index, column], picture, weights, largest)
+        below = grid[:, columns[0] : columns[1] + 1]
+        figure.colorbar(image, ax=below, location="bottom", fraction=0.05, label="times a mean patch")
+    return figure
+
+
+def _as_colours(picture: Tensor) -> np.ndarray:
+    """Pixels (C, H, W) of any normalisation as colours (H, W, 3) between 0 and 1."""
+    spread = (picture - picture.min()) / (picture.max() - picture.min()).clamp(min=1e-12)
+    colours: np.ndarray = spread.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    return colours
+
+
+def _overlay(axes: Axes, picture: np.ndarray, weights: np.ndarray, largest: float) -> Any:
+    height, width = picture.shape[:2]
+    extent = (0, width, height, 0)
+    axes.imshow(picture.mean(-1), cmap="gray", extent=extent)
+    return axes.imshow(weights, cmap="inferno", vmin=0, vmax=largest, alpha=0.65, extent=extent)

@@ -1,0 +1,109 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""How a training run went, with the phases of `PruneRewindCallback`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..report import PruningReport
+from .canvas import new_figure
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+COLOURS = {"training": "tab:gray", "learning rate": "tab:gray", "eval": "tab:blue", "test": "tab:green"}
+REWOUND = {
+    "init": "rewound to the start",
+    "early": "rewound to an early step",
+    "fresh": "rewound to a fresh draw",
+    "none": "not rewound",
+}
+
+
+def plot_run(
+    log_history: Sequence[dict[str, Any]], report: PruningReport | None = None, *, metric: str = "accuracy"
+) -> Figure:
+    """Draws loss, a metric and the learning rate of a run over its optimizer steps.
+
+    Losses are means per sample, as the Trainer logs them: over the steps since the last log in training, over the set
+    in an evaluation. Panels are there for what the history holds: the metric needs evaluations, for instance
+    `eval_strategy="epoch"`. Where a report is given, a line marks the step after which prompts were scored, pruned and
+    rewound, and the two parts of the run are named.
+
+    Thumbnail: `docs/pictures/e2vpt-pruned-run.png`.
+
+    Args:
+        log_history: `trainer.state.log_history`, or that of `TrainerState.load_from_json("trainer_state.json")`.
+        report: the pruning of the run, `callback.report` or `PruningReport.load(folder)`.
+        metric: name of what `compute_metrics` returns, without the prefix `eval_`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the history holds no loss.
+    """
+    losses = {"training": _series(log_history, "loss")}
+    metrics = {}
+    sets = {key.removesuffix("_loss"): None for entry in log_history for key in entry if key.endswith("_loss")}
+    for name in sets:
+        if name != "train":  # the mean over a whole run, logged at its end
+            losses[name] = _series(log_history, f"{name}_loss")
+            metrics[name] = _series(log_history, f"{name}_{metric}")
+    rates = {"learning rate": _series(log_history, "learning_rate")}
+    panels = {"loss": losses, metric.replace("_", " "): metrics, "learning rate": rates}
+    panels = {title: {name: line for name, line in lines.items() if line} for title, lines in panels.items()}
+    drawn = {title: lines for title, lines in panels.items() if lines}
+    if "loss" not in drawn:
+        raise ValueError("The history holds no loss: pass trainer.state.log_history of a run that logged steps.")
+    heights = [1 if title == "learning rate" else 2 for title in drawn]
+    figure = new_figure(8, 0.9 + 1.1 * sum(heights))
+    all_axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, lines) in zip(all_axes, drawn.items(), strict=True):
+        for name, points in lines.items():
+            style = "-" if name in ("training", "learning rate") else "o-"
+            (line,) = axes.plot(*_with_gap(points, report), style, markersize=4, label=name)
+            if name in COLOURS:
+                line.set_color(COLOURS[name])
+        axes.set_ylabel(title)
+        axes.margins(y=0.1)
+        if title != "learning rate":
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    last = max(int(entry["step"]) for entry in log_history if "step" in entry)
+    all_axes[-1].set(xlabel="optimizer step", xlim=(0, 1.02 * last))
+    all_axes[-1].ticklabel_format(axis="y", scilimits=(-2, 3))
+    if report is not None:
+        _mark_phases(list(all_axes), report, last)
+    return figure
+
+
+def _series(log_history: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(int(entry["step"]), float(entry[key])) for entry in log_history if key in entry and "step" in entry]
+
+
+def _with_gap(points: list[tuple[int, float]], report: PruningReport | None) -> tuple[list[float], list[float]]:
+    """Steps and values, with nothing between the last of one part of the run and the first of the next."""
+    steps, values = [float(step) for step, _ in points], [value for _, value in points]
+    first = sum(step <= report.step for step in steps) if report is not None else 0
+    if report is not None and 0 < first < len(steps):
+        steps.insert(first, report.step)
+        values.insert(first, math.nan)
+    return steps, values
+
+
+def _mark_phases(all_axes: list[Axes], report: PruningReport, last: int) -> None:
+    for axes in all_axes:
+        axes.axvspan(0, report.step, color="tab:blue", alpha=0.07, linewidth=0)
+        axes.axvspan(report.step, last, color="tab:orange", alpha=0.07, linewidth=0)
+        axes.axvline(report.step, color="tab:red", linestyle="--", linewidth=1)
+    top = all_axes[0]
+    kept = sum(sum(row) for row in report.token_gates)
+    total = sum(len(row) for row in report.token_gates)
+    second = f"{kept:.0f} of {total} prompts, {REWOUND[report.rewound_to]}"
+    for start, end, text in ((0, report.step, "all prompts"), (report.step, last, second)):
+        place = ((start + end) / 2, 1.02)
+        top.annotate(text, place, xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9)
+    top.set_title(f"Scored, pruned and rewound after step {report.step}", pad=20)
