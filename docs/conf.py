@@ -17,6 +17,8 @@ myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"peft_e2vpt {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 default_role = "code"  # docstrings have single backquotes around names
 autodoc_typehints = "signature"

@@ -5,13 +5,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 import peft_e2vpt
+from peft_e2vpt import plotting
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 
 
-def test_every_public_name_is_on_the_api_page() -> None:
-    documented = re.findall(r"^\.\. auto(?:class|function|data):: (\w+)", PAGE.read_text(), re.MULTILINE)
-    assert sorted(documented) == sorted(peft_e2vpt.__all__)
+@pytest.mark.parametrize("module", [peft_e2vpt, plotting], ids=lambda module: module.__name__)
+def test_every_public_name_is_on_the_api_page(module: ModuleType) -> None:
+    documented: dict[str, list[str]] = {}
+    for directive, name in re.findall(r"^\.\. (\w+):: ([\w.]+)", PAGE.read_text(), re.MULTILINE):
+        if directive == "currentmodule":
+            current = documented.setdefault(name, [])
+        elif directive.startswith("auto"):
+            current.append(name)
+    assert sorted(documented[module.__name__]) == sorted(module.__all__)

@@ -49,7 +49,7 @@ def poincare_disk(vectors: Tensor) -> Tensor:
     """Maps vectors of the tangent plane at the origin into the Poincare disk of curvature -1, by the exponential map.
 
     `exp_0(v) = tanh(|v|) v / |v|` (Ganea et al., NeurIPS 2018, arXiv 1805.09112, lemma 2): directions stay, and the
-    hyperbolic distance to the origin is 2 |v|.
+    hyperbolic distance to the origin is `2 |v|`.
 
     Args:
         vectors: (n, 2).
