@@ -406,7 +406,13 @@ def nothing_to_load() -> None:
 
 @under("There is no adapter to load: `peft_e2vpt.load`")
 def nothing_for_load() -> None:
-    peft_e2vpt.load("flowers/vit")
+    Path("flowers").mkdir()
+    peft_e2vpt.load("flowers")
+
+
+@under("The Hub is not reached")
+def no_hub() -> None:
+    peft_e2vpt.load("me/vit-e2vpt-flowers")
 
 
 @under("The adapter is one of another method")
