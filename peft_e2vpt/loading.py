@@ -9,7 +9,12 @@ from typing import Any
 
 import transformers
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
@@ -55,8 +60,8 @@ def load(
         The adapted model, in eval mode unless `is_trainable`.
 
     Raises:
-        ValueError: there is no adapter, it is not one of E2VPT, its base model is not named or cannot be loaded, or
-            `num_labels`, `id2label` or `label2id` contradict it.
+        ValueError: there is no adapter, the Hub is not reached, the adapter is not one of E2VPT, its base model is not
+            named or cannot be loaded, or `num_labels`, `id2label` or `label2id` contradict it.
     """
     where = str(repo_or_path)
     download = {name: settings[name] for name in DOWNLOAD_SETTINGS if name in settings}
@@ -103,9 +108,10 @@ def adapter_file(
         download: settings of the download.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or the Hub is not reached.
     """
-    missing = f"There is no adapter at {where}{f'/{subfolder}' if subfolder else ''}: no {name} was found."
+    adapter = f"{where}/{subfolder}" if subfolder else where
+    missing = f"There is no adapter at {adapter}: no {name} was found."
     if Path(where).is_dir():
         path = Path(where, subfolder or "", name)
         if not path.exists():
@@ -113,7 +119,16 @@ def adapter_file(
         return path
     try:
         return Path(hf_hub_download(where, name, revision=revision, subfolder=subfolder, **download))
-    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"The adapter {adapter} is neither in a folder here nor in the cache, and the Hub was not reached: check "
+            "the path and the network, and whether HF_HUB_OFFLINE is set."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{missing} If the repository is private, log in with hf auth login, or pass token=..."
+        ) from error
+    except (EntryNotFoundError, HFValidationError) as error:
         raise ValueError(missing) from error
 
 

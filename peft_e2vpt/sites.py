@@ -239,8 +239,8 @@ def find_attention_sites(model: nn.Module) -> list[AttentionSite]:
         raise ValueError(
             f"{type(model).__name__} has no self-attention that E2VPT knows (found "
             f"{', '.join(present) if present else 'no attention module at all'}). "
-            f"It knows {len(known)} classes, such as {', '.join(known[:3])}; docs/backbones.md lists the models, and "
-            "a line in peft_e2vpt.backbones.BACKBONES adds another."
+            f"It knows {', '.join(known[:3])} and others; docs/backbones.md lists the models, and a line in "
+            "peft_e2vpt.backbones.BACKBONES adds another."
         )
     return sorted(sites, key=lambda site: not site.is_vision)
 

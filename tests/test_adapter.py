@@ -233,7 +233,7 @@ def test_a_second_adapter_that_cannot_be_leaves_the_first_as_it_was(choice):
 def test_a_model_without_self_attention_is_refused_with_the_names_that_are_known():
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
     with pytest.raises(
-        ValueError, match="ResNetForImageClassification has no self-attention.*such as ViTAttention, .*BACKBONES"
+        ValueError, match="ResNetForImageClassification has no self-attention.*It knows ViTAttention, .*BACKBONES"
     ):
         get_peft_model(transformers.ResNetForImageClassification(config), E2VPTConfig())
 

@@ -200,7 +200,10 @@ def test_a_pipeline_names_the_classes(read):
     "case, words",
     [
         ("no adapter", "There is no adapter at tester/vit: no adapter_config.json was found."),
-        ("no repository", "There is no adapter at tester/nothing: no adapter_config.json was found."),
+        (
+            "no repository",
+            "There is no adapter at tester/nothing: no adapter_config.json was found. If the repository is private",
+        ),
         ("no such folder", "There is no adapter at tester/many/birch: no adapter_config.json was found."),
         ("lora", "The adapter at tester/lora is one of LORA, not of E2VPT: load it with PEFT alone."),
         ("no base", "The base model 'tester/gone' of the adapter tester/trees cannot be loaded"),
