@@ -7,20 +7,28 @@ from .requirements import check_requirements
 
 check_requirements()  # before the imports below, which fail less clearly with old versions
 
-from .callback import PruneRewindCallback
-from .config import E2VPTConfig
-from .hub import push_to_hub
-from .importance import ImportanceScores, score_prompts
-from .layer import E2VPTLayer
-from .loading import load
-from .model import E2VPTModel
-from .pruning import Gates, apply_gates, prune, prune_to_budget
-from .registration import register
-from .report import PruningReport
-from .rewinding import redraw, rewind, trained_tensors
-from .search import PruningSearch, search_pruning
-from .summary import PromptSummary
-from .version import __version__
+import sys
+
+
+# `python -m peft_e2vpt` imports this file before its command line, whose --help has no need of torch, transformers and
+# PEFT: there the commands import what they use and register the method themselves.
+if sys.argv[:1] != ["-m"] or sys.orig_argv[-len(sys.argv)] != __name__:
+    from .callback import PruneRewindCallback
+    from .config import E2VPTConfig
+    from .hub import push_to_hub
+    from .importance import ImportanceScores, score_prompts
+    from .layer import E2VPTLayer
+    from .loading import load
+    from .model import E2VPTModel
+    from .pruning import Gates, apply_gates, prune, prune_to_budget
+    from .registration import register
+    from .report import PruningReport
+    from .rewinding import redraw, rewind, trained_tensors
+    from .search import PruningSearch, search_pruning
+    from .summary import PromptSummary
+    from .version import __version__
+
+    register(E2VPTConfig, E2VPTModel)
 
 
 __all__ = [
@@ -45,5 +53,3 @@ __all__ = [
     "search_pruning",
     "trained_tensors",
 ]
-
-register(E2VPTConfig, E2VPTModel)

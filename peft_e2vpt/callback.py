@@ -62,7 +62,7 @@ def _running_trainer() -> Trainer:
     raise RuntimeError("PruneRewindCallback works inside Trainer.train(): pass it as Trainer(callbacks=[...]).")
 
 
-class _Prepared(DataLoader):
+class _Prepared(DataLoader[Any]):
     """Batches as the Trainer gives them to the model: on its device, and under DeepSpeed in its type."""
 
     def __init__(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -475,7 +475,7 @@ class PruneRewindCallback(TrainerCallback, ExportableState):
         trainer.optimizer.state.clear()
 
     @staticmethod
-    def _loader(trainer: Trainer, dataset: Any, batch_size: int) -> DataLoader:
+    def _loader(trainer: Trainer, dataset: Any, batch_size: int) -> DataLoader[Any]:
         """Batches of this process's share of a data set, in order and without padding."""
         args = trainer.args
         share = Subset(dataset, range(args.process_index, len(dataset), args.world_size))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,6 +75,20 @@ class Location:
         if self.subfolder is not None:
             arguments.append(f"subfolder={json.dumps(self.subfolder)}")
         return ", ".join(arguments)
+
+
+def stated_percentage(text: str) -> tuple[int, float] | None:
+    """The tuned values, and their percentage of the model, that a card of this package states."""
+    found = re.search(r"\*\*([\d,]+) values, ([\d.]+) % of the model\*\*", text)
+    return None if found is None else (int(found[1].replace(",", "")), float(found[2]))
+
+
+def stated_results(card: ModelCard) -> dict[str, float]:
+    """The results that a card states: those of its metadata, or those of this package's table."""
+    results = {result.metric_type: float(result.metric_value) for result in card.data.get("eval_results") or []}
+    _, _, table = card.text.partition("\n## Results\n")
+    rows = re.findall(r"^\| (\S+) \| ([-+.\de]+) \|$", table.partition("\n## ")[0], flags=re.MULTILINE)
+    return {name: float(value) for name, value in rows} | results
 
 
 def task_of(model: nn.Module) -> str | None:
@@ -214,7 +229,7 @@ def _pruning(folder: Path) -> str | None:
         return None
     report = PruningReport.load(folder)
     text = (
-        f"Pruned after step {report.step}, from {report.tuned_values_before:,} tuned values "
+        f"Pruned {report.when}, from {report.tuned_values_before:,} tuned values "
         f"({report.tuned_percentage_before:.3f} %) to {report.tuned_values_after:,} "
         f"({report.tuned_percentage_after:.3f} %)."
     )

@@ -113,7 +113,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.mixed_batch: MixedBatch | None = None
         self.num_samples: int | None = None
         self._merged_from: Sources | None = None
-        self.register_load_state_dict_post_hook(_refresh_after_load)
+        self.register_load_state_dict_post_hook(_refresh_after_load)  # type: ignore[no-untyped-call]
         self._handles: list[Any] = []
         if site.backbone.windows:
             self._handles.append(site.block.register_forward_pre_hook(self._count_samples))

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -66,12 +67,7 @@ def load(
     where = str(repo_or_path)
     download = {name: settings[name] for name in DOWNLOAD_SETTINGS if name in settings}
     config = read_config(where, revision, subfolder, **download)
-    name = str(base_model or config.base_model_name_or_path or "")
-    if not name:
-        raise ValueError(
-            f"The adapter {where} names no base model: pass base_model=..., or build the model and load the adapter "
-            "onto it with PeftModel.from_pretrained(model, ...)."
-        )
+    name = _name_of_base(where, config, base_model)
     settings = _with_labels(where, config, settings)
     if base_model is None and config.revision is not None:
         settings.setdefault("revision", config.revision)
@@ -93,6 +89,54 @@ def load(
         subfolder=subfolder,
         **download,
     )
+
+
+def load_in_outline(
+    repo_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    base_model: str | Path | None = None,
+) -> PeftModel:
+    """Loads an adapter onto the shape of its base model, to be counted and described but not run.
+
+    Of the base model only its config is read. Its weights are memory that nobody has written to.
+
+    Args:
+        repo_or_path: a repository of the Hub, or a folder.
+        revision: branch, tag or commit of the repository.
+        subfolder: where in the repository or folder the adapter lies.
+        base_model: name or path of the base model where it is not the one that the adapter names.
+
+    Raises:
+        ValueError: there is no adapter, it is not one of E2VPT, or the config of its base model cannot be read.
+    """
+    where = str(repo_or_path)
+    config = read_config(where, revision, subfolder)
+    name = _name_of_base(where, config, base_model)
+    settings = _with_labels(where, config, {})
+    settings.pop("ignore_mismatched_sizes", None)
+    if base_model is None and config.revision is not None:
+        settings["revision"] = config.revision
+    try:
+        of_base = transformers.AutoConfig.from_pretrained(name, **settings)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The config of the base model {name!r} cannot be read; name another base model.") from error
+    cls = class_of(where, config)
+    with torch.device("meta"):
+        base = cls(of_base) if issubclass(cls, transformers.PreTrainedModel) else cls.from_config(of_base)
+    base.to_empty(device="cpu")
+    return PeftModel.from_pretrained(base, where, config=config, revision=revision, subfolder=subfolder)
+
+
+def _name_of_base(where: str, config: E2VPTConfig, base_model: str | Path | None) -> str:
+    name = str(base_model or config.base_model_name_or_path or "")
+    if not name:
+        raise ValueError(
+            f"The adapter {where} names no base model: pass base_model=..., or build the model and load the adapter "
+            "onto it with PeftModel.from_pretrained(model, ...)."
+        )
+    return name
 
 
 def adapter_file(

@@ -21,7 +21,7 @@ class PruningReport:
     """Scores, gates and choice of one pruning.
 
     Attributes:
-        step: optimizer step after which the model was pruned.
+        step: optimizer step after which the model was pruned; `None` where its training was over.
         rewound_to: `"init"`, `"early"`, `"fresh"` or `"none"`.
         num_scored_samples: samples that the scores average over.
         layers: numbers of the prompted self-attentions.
@@ -37,7 +37,7 @@ class PruningReport:
         chosen: index of the chosen candidate.
     """
 
-    step: int
+    step: int | None
     rewound_to: str
     num_scored_samples: int
     layers: list[int]
@@ -89,10 +89,15 @@ class PruningReport:
         """
         return cls(**json.loads((Path(folder) / REPORT_NAME).read_text(encoding="utf-8")))
 
+    @property
+    def when(self) -> str:
+        """When the model was pruned, in words."""
+        return "after training" if self.step is None else f"after step {self.step}"
+
     def numbers(self) -> dict[str, float]:
         """The figures that go to the Trainer's log."""
         return {
-            "pruning_step": self.step,
+            **({} if self.step is None else {"pruning_step": self.step}),
             "pruning_prompts_kept": sum(sum(row) for row in self.token_gates),
             "pruning_segments_kept": sum(sum(sum(prompt) for prompt in row) for row in self.segment_gates),
             "pruning_tuned_values": self.tuned_values_after,
