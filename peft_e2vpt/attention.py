@@ -115,6 +115,8 @@ def per_sequence(rows: Tensor, num_sequences: int) -> Tensor:
     """Repeats rows (B, ...) for sequences in the order (sample, window): (num_sequences, ...)."""
     if rows.shape[0] == 1:
         return rows.expand(num_sequences, *rows.shape[1:])
+    if rows.shape[0] == num_sequences:
+        return rows
     if num_sequences % rows.shape[0]:
         raise ValueError(
             f"Prompts differ between the {rows.shape[0]} samples of the batch, but the attention sees {num_sequences} "
@@ -124,9 +126,11 @@ def per_sequence(rows: Tensor, num_sequences: int) -> Tensor:
 
 
 def _beside(rows: Tensor, middle: Tensor, num_behind: int, dim: int) -> Tensor:
+    if not num_behind:
+        return torch.cat([rows, middle], dim=dim)
     num_before = rows.shape[dim] - num_behind
     before, behind = rows.narrow(dim, 0, num_before), rows.narrow(dim, num_before, num_behind)
-    return torch.cat([before, middle, behind] if num_behind else [before, middle], dim=dim)
+    return torch.cat([before, middle, behind], dim=dim)
 
 
 def _extend_block_mask(mask: Any, before: int, behind: int) -> Any:

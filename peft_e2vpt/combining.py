@@ -36,7 +36,8 @@ def side_by_side(parts: list[Rows]) -> Rows | None:
         parts = [before for before, _ in halves] + [behind for _, behind in halves]
 
     def joined(name: str) -> Tensor:
-        return torch.cat([getattr(rows, name).to(dtype).expand(batch, -1, -1, -1) for rows in parts], dim=2)
+        tensors = [getattr(rows, name).to(dtype) for rows in parts]
+        return torch.cat([t if len(t) == batch else t.expand(batch, -1, -1, -1) for t in tensors], dim=2)
 
     bias = None
     if any(rows.score_bias is not None for rows in parts):

@@ -28,7 +28,7 @@ class StoredGates(BufferDict):
         self._is_loading_state_dict = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor) and not value.is_meta and not self._is_loading_state_dict and (value == 0).any():
+        if isinstance(value, Tensor) and not value.is_meta and not self._is_loading_state_dict and (value != 1).any():
             raise ValueError(
                 "The adapter is pruned, and transformers' own load_adapter and from_pretrained cannot load pruned "
                 "prompts: use peft_e2vpt.load(...).get_base_model(), which gives the same model."

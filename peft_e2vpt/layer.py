@@ -63,7 +63,7 @@ def _draw(shape: tuple[int, ...], scheme: str, fan_in: int, xavier_fans: int, ge
 
 
 def _refresh_after_load(layer: E2VPTLayer, incompatible_keys: Any) -> None:
-    layer.refresh_kept_tokens()
+    layer.refresh_gates()
     layer.refresh_merged_rows()
 
 
@@ -73,7 +73,9 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     The layer stands beside the model, not around its attention: the attention module keeps its class and its path, and
     pulls its rows from here when it runs. Tensors per adapter: `e2vpt_visual_prompts` (M, D), `e2vpt_kv_prompts`
     (1 or 2, H, n, d), and, as persistent buffers, `e2vpt_token_gates` (M,) and `e2vpt_segment_gates` (M, R); of a
-    merged adapter also `e2vpt_merged_rows` (2, 1, H, P, d), its keys and values, a buffer that is not saved.
+    merged adapter also `e2vpt_merged_rows` (2, 1, H, P, d), its keys and values, a buffer that is not saved. What the
+    gates mean for a forward pass is worked out when they change: `e2vpt_kept_tokens` (M',) where prompts are removed,
+    and `e2vpt_value_gates` (M', D) where values of those that stay are not just multiplied by 1.
 
     Args:
         site: the self-attention and the block around it.
@@ -85,6 +87,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         "e2vpt_token_gates",
         "e2vpt_segment_gates",
         "e2vpt_kept_tokens",
+        "e2vpt_value_gates",
         "e2vpt_merged_rows",
         "e2vpt_kv_source",
         "e2vpt_config",
@@ -106,6 +109,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.e2vpt_token_gates = StoredGates()
         self.e2vpt_segment_gates = StoredGates()
         self.e2vpt_kept_tokens = BufferDict(persistent=False)
+        self.e2vpt_value_gates = BufferDict(persistent=False)
         self.e2vpt_merged_rows = BufferDict(persistent=False)
         self.e2vpt_kv_source: dict[str, tuple[E2VPTLayer]] = {}
         self.e2vpt_config: dict[str, E2VPTConfig] = {}
@@ -301,12 +305,14 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             parts.append(Rows(*self.site.project(prompts, dtype), score_bias=bias))
         kv_prompts = self.kv_prompts(adapter_name)
         if kv_prompts is not None:
-            parts.append(self._in_heads(kv_prompts[:1].to(dtype), kv_prompts[-1:].to(dtype), adapter_name))
+            copies = kv_prompts.to(dtype).split(1)
+            parts.append(self._in_heads(copies[0], copies[-1], adapter_name))
         return parts
 
     def _in_heads(self, key: Tensor, value: Tensor, adapter_name: str) -> Rows:
         """Rows of constants and key-value prompts (1, H, P, d), cut where keys or values are narrower than d."""
-        key, value = key[..., : self.site.key_dim], value[..., : self.site.value_dim]
+        if self.site.key_dim != self.site.value_dim:
+            key, value = key[..., : self.site.key_dim], value[..., : self.site.value_dim]
         return Rows(key, value, self._num_behind(adapter_name))
 
     def _has_visual_rows(self, adapter_name: str) -> bool:
@@ -345,26 +351,31 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             Prompts (1 or B, M', D) without those removed, and the logarithm of their gates (B, M') where token gates
             are being measured on the attention weight, else `None`.
         """
-        config = self.e2vpt_config[adapter_name]
-        token, segment = self.e2vpt_token_gates[adapter_name][None], self.e2vpt_segment_gates[adapter_name][None]
-        on_embedding = config.pruned_prompts == "zero"
-        bias = None
-        if self.gate_override is not None:
-            segment = self.gate_override.segment
-            if self.gate_override.on == "attention":
-                bias = self.gate_override.token.log()
-            else:
-                token, on_embedding = self.gate_override.token, True
+        config, bias = self.e2vpt_config[adapter_name], None
         prompts = self.e2vpt_visual_prompts[adapter_name][None]
-        prompts = prompts * expand_segments(segment, prompts.shape[-1], config.segment_layout).to(prompts.dtype)
-        if on_embedding:
-            prompts = prompts * token[..., None].to(prompts.dtype)
+        if self.gate_override is not None:
+            prompts, bias = self._gated(prompts, self.gate_override, adapter_name)
         if adapter_name in self.e2vpt_kept_tokens:
             kept = self.e2vpt_kept_tokens[adapter_name]
             prompts = prompts.index_select(1, kept)
             bias = None if bias is None else bias.index_select(1, kept)
+        if self.gate_override is None and adapter_name in self.e2vpt_value_gates:
+            prompts = prompts * self.e2vpt_value_gates[adapter_name].to(prompts.dtype)
         if self.training and num_samples is not None and config.visual_prompt_dropout:
             prompts = F.dropout(prompts.expand(num_samples, -1, -1), config.visual_prompt_dropout)
+        return prompts, bias
+
+    def _gated(self, prompts: Tensor, override: GateOverride, adapter_name: str) -> tuple[Tensor, Tensor | None]:
+        """Prompts of every sample (B, M, D) under gates that are measured, and the logarithm of those on attention."""
+        config, token, bias = self.e2vpt_config[adapter_name], self.e2vpt_token_gates[adapter_name], None
+        segment = expand_segments(override.segment, prompts.shape[-1], config.segment_layout)
+        prompts = prompts * segment.to(prompts.dtype)
+        if override.on == "attention":
+            bias = override.token.log()
+        else:
+            token = override.token
+        if override.on == "embedding" or config.pruned_prompts == "zero":
+            prompts = prompts * token[..., None].to(prompts.dtype)
         return prompts, bias
 
     def kv_prompts(self, adapter_name: str) -> Tensor | None:
@@ -470,7 +481,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"{name} gates of {self.site.name} must be 0 or 1 with pruned_prompts='remove'.")
             stored.copy_(gates)
         self.clear_pruned_values(adapter_name)
-        self.refresh_kept_tokens()
+        self.refresh_gates()
         self.refresh_merged_rows()
 
     def alive(self, adapter_name: str) -> Tensor:
@@ -486,14 +497,24 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         prompts = self.e2vpt_visual_prompts[adapter_name]
         assign(prompts, whole(prompts) * self.alive(adapter_name))
 
-    def refresh_kept_tokens(self) -> None:
-        """Notes which prompts the gates keep; called whenever gates change."""
-        for adapter_name, gates in self.e2vpt_token_gates.items():
-            if adapter_name in self.e2vpt_kept_tokens:
-                del self.e2vpt_kept_tokens[adapter_name]
-            removes = self.e2vpt_config[adapter_name].pruned_prompts == "remove"
-            if removes and not gates.is_meta and (gates == 0).any():
-                self.e2vpt_kept_tokens[adapter_name] = gates.nonzero().flatten()
+    def refresh_gates(self) -> None:
+        """Works out which prompts the gates keep, and what they multiply them with; called whenever gates change."""
+        for adapter_name, token in self.e2vpt_token_gates.items():
+            for stored in (self.e2vpt_kept_tokens, self.e2vpt_value_gates):
+                if adapter_name in stored:
+                    del stored[adapter_name]
+            if token.is_meta:
+                continue
+            config, segment = self.e2vpt_config[adapter_name], self.e2vpt_segment_gates[adapter_name]
+            if config.pruned_prompts == "zero":
+                segment = segment * token[:, None]
+            elif (token == 0).any():
+                kept = token.nonzero().flatten()
+                self.e2vpt_kept_tokens[adapter_name] = kept
+                segment = segment[kept]
+            if (segment != 1).any():
+                gates = expand_segments(segment, self.site.width, config.segment_layout)
+                self.e2vpt_value_gates[adapter_name] = gates
 
     def extra_repr(self) -> str:
         return f"{self.index}: {self.site.name}"

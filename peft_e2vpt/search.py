@@ -202,7 +202,7 @@ def search_pruning(
         finally:
             for layer in layers:
                 layer.gate_override = None
-                layer.refresh_kept_tokens()
+                layer.refresh_gates()
     totals = sum_over_processes(totals, device)
     if not totals[-1]:
         raise ValueError("The dataloader gave no validation sample to compare prunings with.")

@@ -52,6 +52,8 @@ def _project(projection: nn.Module | Tensor, hidden: Tensor) -> Tensor:
     """Applies a projection, linear, a 1x1 convolution or a bare weight, to tokens (B, M, D)."""
     if isinstance(projection, Tensor):
         return F.linear(hidden, projection)
+    if type(projection) is nn.Linear:  # most are, and nothing has to be looked for inside
+        return projection(hidden)  # type: ignore[no-any-return]
     with _fixed_statistics(projection):
         if any(isinstance(module, nn.Conv2d) for module in projection.modules()):
             projected: Tensor = projection(hidden.transpose(1, 2)[..., None])
@@ -178,12 +180,13 @@ class AttentionSite:
 
     def _rows(self, projected: Tensor, norm: str | None) -> Tensor:
         """Cuts projected prompts (B, M, H d) into heads (B, M, H, d) and applies the norm, before or after the cut."""
-        module = getattr(self.attention, norm) if norm is not None else nn.Identity()
-        weight, heads = getattr(module, "weight", None), self.num_key_value_heads
-        if weight is not None and weight.numel() == math.prod(projected.shape[2:]):
+        heads = self.num_key_value_heads
+        module = None if norm is None else getattr(self.attention, norm)
+        weight = getattr(module, "weight", None)
+        if module is not None and weight is not None and weight.numel() == math.prod(projected.shape[2:]):
             return module(projected).unflatten(-1, (heads, -1))  # type: ignore[no-any-return]
         rows = projected if projected.dim() == 4 else projected.unflatten(-1, (heads, -1))
-        return module(rows)  # type: ignore[no-any-return]
+        return rows if module is None else module(rows)
 
     def normalise(self, keys: Tensor) -> Tensor:
         """Gives keys (B, H, P, d) the length that the scores of the attention expect: 1 for a cosine."""
