@@ -91,8 +91,8 @@ def attention_maps(
 
     Raises:
         ValueError: the model has no E2VPT adapter; an attention computes its weights by itself, without transformers'
-            attention interface (Swin-V2, Hiera, timm's models, ...); the number of prefix tokens is not known; or the
-            samples have different adapters.
+            attention interface (Swin-V2, Hiera, timm's models, ...), or does not return them (SAM 2, Qwen-VL, ...);
+            the number of prefix tokens is not known; or the samples have different adapters.
     """
     maps: list[AttentionMap] = []
     _visit(model, inputs, num_prefix_tokens, maps.append)
@@ -210,10 +210,19 @@ def _show(
     visit: Callable[[AttentionMap], None],
     attention: nn.Module,
     args: Any,
-    output: tuple[Tensor, Tensor],
+    output: Any,
 ) -> None:
-    """A forward hook of an attention, which returns its output and its weights."""
-    weights = output[1]
+    """A forward hook of an attention, which returns its output and its weights.
+
+    Raises:
+        ValueError: it returns no weights.
+    """
+    weights = output[1] if isinstance(output, tuple) else None
+    if not isinstance(weights, Tensor) or weights.dim() != 4:
+        raise ValueError(
+            f"{site.name} ({type(attention).__name__}) does not return its attention weights, so that they cannot be "
+            "read."
+        )
     kinds = _kinds(site, layer, container, weights.shape[-1]).to(weights.device)
     inserted = _num_inserted(site, container)
     if inserted:  # shallow prompts are queries too

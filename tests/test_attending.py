@@ -199,7 +199,15 @@ def test_what_cannot_be_measured_is_refused() -> None:
         attention_maps(model, inputs)
 
 
-def test_an_attention_that_computes_its_own_weights_is_refused() -> None:
-    model, inputs = zoo_checks.adapt("hiera")
-    with pytest.raises(ValueError, match="computes its attention by itself"):
-        attention_maps(model, inputs)
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("hiera", "computes its attention by itself"),
+        ("sam2_hiera", r"\(Sam2MultiScaleAttention\) does not return its attention weights"),
+        ("qwen2_vl_vision", "does not return its attention weights"),
+    ],
+)
+def test_an_attention_whose_weights_cannot_be_read_is_refused(name: str, reason: str) -> None:
+    model, inputs = zoo_checks.adapt(name)
+    with pytest.raises(ValueError, match=reason):
+        attention_maps(model, inputs, num_prefix_tokens=0)
