@@ -44,8 +44,13 @@ def plot_run(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: the history holds no loss.
+        ValueError: the history holds no loss, or the report is not of a run: its model was pruned after training.
     """
+    pruned_after = None if report is None else report.step
+    if report is not None and pruned_after is None:
+        raise ValueError(
+            "The report is of a model that was pruned after its training, so no run shows it: leave it out."
+        )
     losses = {"training": _series(log_history, "loss")}
     metrics = {}
     sets = {key.removesuffix("_loss"): None for entry in log_history for key in entry if key.endswith("_loss")}
@@ -65,7 +70,7 @@ def plot_run(
     for axes, (title, lines) in zip(all_axes, drawn.items(), strict=True):
         for name, points in lines.items():
             style = "-" if name in ("training", "learning rate") else "o-"
-            (line,) = axes.plot(*_with_gap(points, report), style, markersize=4, label=name)
+            (line,) = axes.plot(*_with_gap(points, pruned_after), style, markersize=4, label=name)
             if name in COLOURS:
                 line.set_color(COLOURS[name])
         axes.set_ylabel(title)
@@ -75,8 +80,8 @@ def plot_run(
     last = max(int(entry["step"]) for entry in log_history if "step" in entry)
     all_axes[-1].set(xlabel="optimizer step", xlim=(0, 1.02 * last))
     all_axes[-1].ticklabel_format(axis="y", scilimits=(-2, 3))
-    if report is not None:
-        _mark_phases(list(all_axes), report, last)
+    if report is not None and pruned_after is not None:
+        _mark_phases(list(all_axes), report, pruned_after, last)
     return figure
 
 
@@ -84,26 +89,27 @@ def _series(log_history: Sequence[dict[str, Any]], key: str) -> list[tuple[int, 
     return [(int(entry["step"]), float(entry[key])) for entry in log_history if key in entry and "step" in entry]
 
 
-def _with_gap(points: list[tuple[int, float]], report: PruningReport | None) -> tuple[list[float], list[float]]:
+def _with_gap(points: list[tuple[int, float]], pruned_after: int | None) -> tuple[list[float], list[float]]:
     """Steps and values, with nothing between the last of one part of the run and the first of the next."""
     steps, values = [float(step) for step, _ in points], [value for _, value in points]
-    first = sum(step <= report.step for step in steps) if report is not None else 0
-    if report is not None and 0 < first < len(steps):
-        steps.insert(first, report.step)
-        values.insert(first, math.nan)
+    if pruned_after is not None:
+        first = sum(step <= pruned_after for step in steps)
+        if 0 < first < len(steps):
+            steps.insert(first, pruned_after)
+            values.insert(first, math.nan)
     return steps, values
 
 
-def _mark_phases(all_axes: list[Axes], report: PruningReport, last: int) -> None:
+def _mark_phases(all_axes: list[Axes], report: PruningReport, pruned_after: int, last: int) -> None:
     for axes in all_axes:
-        axes.axvspan(0, report.step, color="tab:blue", alpha=0.07, linewidth=0)
-        axes.axvspan(report.step, last, color="tab:orange", alpha=0.07, linewidth=0)
-        axes.axvline(report.step, color="tab:red", linestyle="--", linewidth=1)
+        axes.axvspan(0, pruned_after, color="tab:blue", alpha=0.07, linewidth=0)
+        axes.axvspan(pruned_after, last, color="tab:orange", alpha=0.07, linewidth=0)
+        axes.axvline(pruned_after, color="tab:red", linestyle="--", linewidth=1)
     top = all_axes[0]
     kept = sum(sum(row) for row in report.token_gates)
     total = sum(len(row) for row in report.token_gates)
     second = f"{kept:.0f} of {total} prompts, {REWOUND[report.rewound_to]}"
-    for start, end, text in ((0, report.step, "all prompts"), (report.step, last, second)):
+    for start, end, text in ((0, pruned_after, "all prompts"), (pruned_after, last, second)):
         place = ((start + end) / 2, 1.02)
         top.annotate(text, place, xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9)
-    top.set_title(f"Scored and pruned after step {report.step}", pad=20)
+    top.set_title(f"Scored and pruned after step {pruned_after}", pad=20)
