@@ -113,15 +113,14 @@ def load_adapters(adapters: dict[str, Path]) -> Served:
         first.base_model_name_or_path, num_labels=len(first.labels), ignore_mismatched_sizes=True
     )
     base.config.id2label = {index: f"LABEL_{index}" for index in range(len(first.labels))}
-    model: PeftModel | None = None
+    name, *others = adapters
+    model = PeftModel.from_pretrained(base, str(adapters[name]), adapter_name=name)
+    for other in others:
+        model.load_adapter(str(adapters[other]), adapter_name=other)
     processors = {}
     for name, folder in adapters.items():
-        if model is None:
-            model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
-        else:
-            model.load_adapter(str(folder), adapter_name=name)
-        own = (folder / "preprocessor_config.json").is_file()
-        processors[name] = AutoImageProcessor.from_pretrained(folder if own else first.base_model_name_or_path)
+        has_own = (folder / "preprocessor_config.json").is_file()
+        processors[name] = AutoImageProcessor.from_pretrained(folder if has_own else first.base_model_name_or_path)
     return Served(model.eval(), processors)
 
 

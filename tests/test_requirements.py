@@ -18,7 +18,9 @@ def test_the_versions_are_those_that_pip_installs():
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     installed = setup["options"]["install_requires"].split()
-    assert installed == [f"{name}>={oldest}" for name, oldest in requirements.OLDEST.items()]
+    of_command_line = {"rich", "typer"}  # imported by `python -m peft_e2vpt` alone
+    imported = [entry for entry in installed if entry.split(">=")[0] not in of_command_line]
+    assert imported == [f"{name}>={oldest}" for name, oldest in requirements.OLDEST.items()]
 
 
 @pytest.mark.parametrize("found", ["0.21", "0.21.0", "0.22.0.dev0", "0.21.0rc1", "0.21.2+cu130", "1.0"])
