@@ -154,7 +154,7 @@ def main() -> None:
         path = target / f"{name}.png"
         figure.savefig(path, dpi=args.dpi)
         if args.colours is not None:
-            Image.open(path).quantize(args.colours).save(path, optimize=True)
+            Image.open(path).convert("RGB").quantize(args.colours).save(path, optimize=True)
         print(path)
 
 

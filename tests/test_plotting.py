@@ -110,6 +110,12 @@ def test_the_attention_of_a_model_is_drawn(name: str, panels: int) -> None:
         assert heights_of(bars) == pytest.approx((100 * measured.patches.mean(1)[:, kind]).tolist())
 
 
+def test_a_kind_of_prompt_that_an_adapter_lacks_is_not_drawn() -> None:
+    model, inputs = adapt(**KV_ONLY)
+    (bars,) = plot_prompt_attention(prompt_attention(model, inputs)).axes[0].containers
+    assert bars.get_label() == "to key-value prompts"
+
+
 # ------------------------------------------------------------------------------------------ where in a picture
 @torch.no_grad()
 def test_rollout_is_the_product_of_the_layers_with_their_residual_connections() -> None:
@@ -336,7 +342,7 @@ def test_every_picture_can_be_written_and_none_needs_pyplot(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it would fail
-    model, inputs = adapt("dinov2", **(KV_ONLY if name == "prompt_attention" else {}))
+    model, inputs = adapt("dinov2")
     DRAWINGS[name](model, inputs).savefig(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -44,14 +44,11 @@ def plot_prompt_attention(attention: PromptAttention) -> Figure:
     panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
     for axes, (title, shares) in zip(panels, drawn.items(), strict=True):
         percent = 100 * shares.double().mean(1).numpy()
-        axes.bar(places, percent[:, VISUAL], color=VISUAL_COLOUR, label=f"to {KINDS[VISUAL]}")
-        axes.bar(
-            places,
-            percent[:, KEY_VALUE],
-            bottom=percent[:, VISUAL],
-            color=KEY_VALUE_COLOUR,
-            label=f"to {KINDS[KEY_VALUE]}",
-        )
+        bottom = np.zeros(num_layers)
+        for kind, colour in ((VISUAL, VISUAL_COLOUR), (KEY_VALUE, KEY_VALUE_COLOUR)):
+            if counts[:, kind].any():
+                axes.bar(places, percent[:, kind], bottom=bottom, color=colour, label=f"to {KINDS[kind]}")
+                bottom = bottom + percent[:, kind]
         axes.hlines(uniform, places - 0.4, places + 0.4, color="black", label="if all keys got the same")
         axes.set(title=title, xlabel="layer")
         axes.set_xticks(places, [str(layer) for layer in attention.layers])
