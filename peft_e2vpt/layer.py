@@ -305,8 +305,9 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             parts.append(Rows(*self.site.project(prompts, dtype), score_bias=bias))
         kv_prompts = self.kv_prompts(adapter_name)
         if kv_prompts is not None:
-            copies = kv_prompts.to(dtype).split(1)
-            parts.append(self._in_heads(copies[0], copies[-1], adapter_name))
+            kv_prompts = kv_prompts.to(dtype)
+            key, value = kv_prompts.split(1) if len(kv_prompts) == 2 else (kv_prompts, kv_prompts)
+            parts.append(self._in_heads(key, value, adapter_name))
         return parts
 
     def _in_heads(self, key: Tensor, value: Tensor, adapter_name: str) -> Rows:
@@ -320,9 +321,10 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         return deep and adapter_name in self.e2vpt_visual_prompts
 
     def _num_behind(self, adapter_name: str) -> int:
+        if self.e2vpt_config[adapter_name].kv_prompt_position == "before":
+            return 0
         kv_prompts = self.kv_prompts(adapter_name)
-        behind = self.e2vpt_config[adapter_name].kv_prompt_position == "after"
-        return kv_prompts.shape[2] if behind and kv_prompts is not None else 0
+        return 0 if kv_prompts is None else kv_prompts.shape[2]
 
     def num_visual_rows(self, adapter_name: str) -> int:
         """How many rows the visual prompts of an adapter give to this attention, without those removed."""
