@@ -13,6 +13,7 @@ import sys
 # `python -m peft_e2vpt` imports this file before its command line, whose --help has no need of torch, transformers and
 # PEFT: there the commands import what they use and register the method themselves.
 if sys.argv[:1] != ["-m"] or sys.orig_argv[-len(sys.argv)] != __name__:
+    from .attending import AttentionMap, PromptAttention, attention_maps, prompt_attention
     from .callback import PruneRewindCallback
     from .config import E2VPTConfig
     from .hub import push_to_hub
@@ -32,18 +33,22 @@ if sys.argv[:1] != ["-m"] or sys.orig_argv[-len(sys.argv)] != __name__:
 
 
 __all__ = [
+    "AttentionMap",
     "E2VPTConfig",
     "E2VPTLayer",
     "E2VPTModel",
     "Gates",
     "ImportanceScores",
+    "PromptAttention",
     "PromptSummary",
     "PruneRewindCallback",
     "PruningReport",
     "PruningSearch",
     "__version__",
     "apply_gates",
+    "attention_maps",
     "load",
+    "prompt_attention",
     "prune",
     "prune_to_budget",
     "push_to_hub",
