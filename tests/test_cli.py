@@ -263,10 +263,13 @@ def test_a_card_that_somebody_has_edited_stays(in_place: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "nowhere"], "There is no adapter at nowhere: no adapter_config.json was found."),
-        (["inspect", "base"], "There is no adapter at base"),
+        (
+            ["inspect", "nowhere"],
+            "The adapter nowhere is neither in a folder here nor in the cache, and the Hub was not",
+        ),
+        (["inspect", "base"], "There is no adapter at base: no adapter_config.json was found."),
         (["inspect", "adapter", "--base", "somebody/away"], "The config of the base model 'somebody/away' cannot"),
-        (["card", "nowhere"], "There is no adapter at nowhere"),
+        (["card", "base"], "There is no adapter at base"),
         (["card", "somebody/away", "--write"], "is no folder to write a card into"),
         (["convert", "none.pth", "--base", "base", "--output", "new"], "No such file or directory: 'none.pth'"),
         (["prune", "adapter", "--data", "base", "--output", "new"], "The data base have no Image column"),
@@ -277,7 +280,7 @@ def test_a_card_that_somebody_has_edited_stays(in_place: Path, tmp_path: Path) -
         (["prune", "adapter", "--data", "others", "--output", "new"], "classes that the adapter does not know: cat"),
         (
             ["prune", "adapter", "--data", "pictures", "--output", "new", "--max-tuned-percentage", "0.1"],
-            "prompt values is too small",
+            "max_tuned_percentage=0.1 is too small: head and key-value prompts alone take",
         ),
         (
             ["prune", "adapter", "--data", "p", "--output", "n", "--tokens", "1", "--max-tuned-percentage", "1"],
@@ -311,9 +314,9 @@ def test_the_command_works_in_a_process_of_its_own_and_without_unicode(in_place:
 
 
 def test_an_error_in_a_process_has_no_traceback() -> None:
-    done = command_line("inspect", "nowhere")
+    done = command_line("inspect", ".")
     assert done.returncode == 1 and done.stderr.splitlines() == [
-        "Error: There is no adapter at nowhere: no adapter_config.json was found."
+        "Error: There is no adapter at .: no adapter_config.json was found."
     ]
 
 
