@@ -57,4 +57,5 @@ def run(rank: int, folder: str) -> None:
             found: dict[str, Any] = gradients_of_mean_loss(model, (pictures[mine], labels[mine]))
         found["world size"] = torch.distributed.get_world_size()
         torch.save(found, f"{folder}/{case}-{rank}.pt")
+        del model  # before the process group, which it holds: its end, with Python's lock held, waits for gloo's threads
     torch.distributed.destroy_process_group()
