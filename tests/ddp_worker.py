@@ -57,5 +57,5 @@ def run(rank: int, folder: str) -> None:
             found: dict[str, Any] = gradients_of_mean_loss(model, (pictures[mine], labels[mine]))
         found["world size"] = torch.distributed.get_world_size()
         torch.save(found, f"{folder}/{case}-{rank}.pt")
-        del model  # before the process group, which it holds: its end, with Python's lock held, waits for gloo's threads
+        del model  # it holds the process group, whose end would wait for threads of gloo with the lock of Python
     torch.distributed.destroy_process_group()
