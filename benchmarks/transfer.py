@@ -40,7 +40,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transfer_tasks import TASKS, Split
-from transformers import AutoModelForImageClassification, EvalPrediction, TrainingArguments, set_seed
+from transformers import AutoModelForImageClassification, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 
@@ -54,6 +54,7 @@ from finetune import (  # noqa: E402
     load_processor,
     standardise_heads,
 )
+from paper_protocol import accuracy  # noqa: E402
 
 from peft_e2vpt import E2VPTConfig, PruneRewindCallback  # noqa: E402
 
@@ -74,7 +75,6 @@ class Method:
         config: of `LoraConfig` or `E2VPTConfig`.
         pruning: of `PruneRewindCallback`; `None` does not prune.
         learning_rate_of: the method whose learning rate it takes; by default it searches one.
-        num_seeds: how many seeds it runs at most.
     """
 
     kind: str
@@ -82,7 +82,6 @@ class Method:
     config: dict[str, Any] = field(default_factory=dict)
     pruning: dict[str, Any] | None = None
     learning_rate_of: str | None = None
-    num_seeds: int = 1000
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -189,11 +188,6 @@ def tune(model: nn.Module, method: Method, heads: list[str]) -> nn.Module:
     return model
 
 
-def accuracy(outputs: EvalPrediction) -> dict[str, float]:
-    """The share of right answers."""
-    return {"accuracy": float((outputs.predictions.argmax(-1) == outputs.label_ids).mean())}
-
-
 class Bench:
     """One task and one backbone: trains a method and measures it.
 
@@ -295,8 +289,6 @@ def trainings(
     for seed in range(args.seeds):
         for name in names:
             method = sweep.methods[name]
-            if seed >= method.num_seeds:
-                continue
             if method.learning_rate_of is not None:
                 rates = [chosen(method.learning_rate_of)]
             else:

@@ -112,8 +112,8 @@ def difference(chosen: dict[tuple[str, str], list[Row]], tasks: list[str], first
     )
 
 
-def edges(chosen: dict[tuple[str, str], list[Row]], rows: list[Row]) -> list[str]:
-    """Says how often each method chose the smallest or the largest learning rate of its grid."""
+def chosen_rates(chosen: dict[tuple[str, str], list[Row]], rows: list[Row]) -> list[str]:
+    """Says how often each method chose each learning rate of its grid."""
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         grid = sorted({row["learning_rate"] for row in rows if row["method"] == method})
@@ -163,7 +163,7 @@ def main() -> None:
             line = difference(chosen, tasks, first, second)
             if line:
                 print(f"* {line}")
-    print("\nLearning rates chosen (times):\n" + "\n".join(f"* {line}" for line in edges(chosen, rows)))
+    print("\nLearning rates chosen (times):\n" + "\n".join(f"* {line}" for line in chosen_rates(chosen, rows)))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 # datasets, evaluate, peft and peft_e2vpt are imported where they are used: `--help` should not wait for them.
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import DatasetDict
     from torch import nn
     from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
@@ -166,6 +166,8 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict:
     """
     from datasets import DatasetDict, load_dataset
 
+    from peft_e2vpt.pictures import name_columns
+
     if args.train_dir is not None:
         files = {"train": f"{args.train_dir}/**"}
         if args.validation_dir is not None:
@@ -180,7 +182,8 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict:
     if "train" not in splits:
         raise ValueError(f"The data set has no split `train`, only {sorted(splits)}.")
 
-    splits = DatasetDict({name: name_columns(dataset) for name, dataset in splits.items()})
+    origin = args.train_dir or args.dataset_name or "solar cells"
+    splits = DatasetDict({name: name_columns(dataset, origin) for name, dataset in splits.items()})
     if "validation" not in splits:
         parts = splits["train"].train_test_split(args.train_val_split, stratify_by_column="label", seed=seed)
         splits["train"], splits["validation"] = parts["train"], parts["test"]
@@ -189,22 +192,6 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict:
         if limit is not None and limit < len(dataset):
             splits[name] = dataset.shuffle(seed=seed).select(range(limit))
     return splits
-
-
-def name_columns(dataset: Dataset) -> Dataset:
-    """Names the column of pictures `image` and the column of classes `label`, found by their types."""
-    from datasets import ClassLabel, Image
-
-    found = {}
-    for name, kind in (("image", Image), ("label", ClassLabel)):
-        columns = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
-        if not columns:
-            raise ValueError(
-                f"The data set has no {kind.__name__} column, only {dataset.features}. "
-                "A folder of pictures needs one folder per class: FOLDER/CLASS/PICTURE.jpg, with two classes or more."
-            )
-        found[columns[0]] = name
-    return dataset.select_columns(list(found)).rename_columns(found)
 
 
 def load_processor(model_name: str, image_size: int | None) -> BaseImageProcessor:

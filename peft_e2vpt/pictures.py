@@ -62,9 +62,9 @@ def load_pictures(
         raise ValueError(f"The pictures {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     if "train" not in splits:
         raise ValueError(f"The pictures {name} have no split `train`, only {', '.join(splits)}.")
-    training = _with_columns(splits["train"], name)
+    training = name_columns(splits["train"], name)
     if "validation" in splits:
-        validation = _with_columns(splits["validation"], name)
+        validation = name_columns(splits["validation"], name)
     else:
         parts = training.train_test_split(validation_share, stratify_by_column="label", seed=seed)
         training, validation = parts["train"], parts["test"]
@@ -96,8 +96,16 @@ def accuracy(model: nn.Module, dataloader: DataLoader[Any]) -> float:
     return right / count
 
 
-def _with_columns(dataset: Any, name: str) -> Any:
-    """The column of pictures as `image` and that of classes as `label`, found by their types."""
+def name_columns(dataset: Any, name: str) -> Any:
+    """Names the column of pictures `image` and that of classes `label`, found by their types, and leaves out others.
+
+    Args:
+        dataset: a data set of `datasets`.
+        name: what an error calls it.
+
+    Raises:
+        ValueError: it has no such column.
+    """
     from datasets import ClassLabel, Image
 
     found = {}
@@ -106,7 +114,7 @@ def _with_columns(dataset: Any, name: str) -> Any:
         if not columns:
             raise ValueError(
                 f"The data {name} have no {kind.__name__} column, only {', '.join(dataset.features)}: a folder of "
-                "pictures needs a folder for each of its classes, FOLDER/CLASS/PICTURE.jpg, and two classes at least."
+                "pictures needs one folder per class, FOLDER/CLASS/PICTURE.jpg, and two classes or more."
             )
         found[columns[0]] = title
     return dataset.select_columns(list(found)).rename_columns(found)
