@@ -17,6 +17,8 @@ from typing import Any
 
 from transfer import Results
 
+from peft_e2vpt.plotting import plot_methods
+
 
 Row = dict[str, Any]
 GROUPS = ("natural", "specialised", "structured")
@@ -123,22 +125,6 @@ def chosen_rates(chosen: dict[tuple[str, str], list[Row]], rows: list[Row]) -> l
     return lines
 
 
-def draw(found: dict[str, Row], path: Path) -> None:
-    """Draws accuracy against trained parameters."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for method, row in found.items():
-        axes.plot(row["percent"], row["mean_of_groups"], "o", color="tab:red" if "e2vpt" in method else "tab:blue")
-        place = (row["percent"], row["mean_of_groups"])
-        axes.annotate(method, place, textcoords="offset points", xytext=(6, 4), fontsize=9)
-    axes.set(xscale="log", xlabel="trained parameters, % of the model", ylabel="mean of groups, % of test pictures")
-    axes.grid(alpha=0.3)
-    axes.margins(x=0.18)
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
@@ -157,7 +143,8 @@ def main() -> None:
     if found:
         print(table_of_means(found), end="\n\n")
         if args.picture:
-            draw(found, args.picture)
+            drawn = [{"method": name, **row, "accuracy": row["mean_of_groups"] / 100} for name, row in found.items()]
+            plot_methods(drawn).savefig(args.picture, dpi=120)
     for first in ("e2vpt", "e2vpt-pruned"):
         for second in args.against:
             line = difference(chosen, tasks, first, second)
