@@ -20,7 +20,9 @@ BACKBONES = {
     "vit-l": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
     "vit-h": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120},
 }
-METHODS = ("plain", "e2vpt", "inserted", "lora", "full")
+# "class token" trains the head and the class token: the least that a step costs whose gradient reaches the first layer.
+METHODS = ("plain", "class token", "e2vpt", "inserted", "lora", "full")
+PLAIN_FORWARD = ("class token", "full")
 
 
 class InsertedPrompts(nn.Module):
@@ -65,6 +67,11 @@ def build(method: str, backbone: str, image_size: int, num_visual_prompts: int, 
     if method == "plain":
         return model.requires_grad_(False)
     if method == "full":
+        return model
+    if method == "class token":
+        model.requires_grad_(False)
+        model.classifier.requires_grad_(True)
+        model.vit.embeddings.cls_token.requires_grad_(True)
         return model
     if method == "inserted":
         return InsertedPrompts(model, num_visual_prompts)

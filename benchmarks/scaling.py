@@ -49,7 +49,7 @@ AXES: dict[str, list[Any]] = {
 }
 SMALLEST: dict[str, list[Any]] = {"prompts": [2, 4], "adapters": [2]}
 FORWARDS = ("plain", "e2vpt", "e2vpt merged", "inserted", "lora")
-STEPS = ("lora", "e2vpt", "inserted")
+STEPS = ("lora", "class token", "e2vpt", "inserted")
 
 
 def settings_at(axis: str, place: Any, args: argparse.Namespace) -> argparse.Namespace:

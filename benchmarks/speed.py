@@ -11,7 +11,7 @@ and the spread of the ratios of the rounds. `memory.py` measures memory.
 
 from __future__ import annotations
 
-from baselines import METHODS
+from baselines import METHODS, PLAIN_FORWARD
 from timing import (
     build_on,
     forward_pass,
@@ -37,8 +37,7 @@ def main() -> None:
     warm_up = 3 if args.compile or args.device != "cpu" else 1
     for size in args.batch_sizes:
         batch = make_batch(size, args.image_size, args.device)
-        # a full fine-tuning has the forward pass of the plain backbone
-        names = [*(name for name in METHODS if name != "full"), "e2vpt merged"]
+        names = [*(name for name in METHODS if name not in PLAIN_FORWARD), "e2vpt merged"]
         forwards = {name: forward_pass(build_on(name, args), batch, args) for name in names}
         seconds = take_turns(forwards, args.rounds, args.device, warm_up)
         print_ratios(f"Forward pass, batch {size}", seconds, "plain")

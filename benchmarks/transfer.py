@@ -10,9 +10,10 @@ Every training adds a line to `--results`. One that is there already is not run 
 started at any time, and two may work on different `--tasks` or `--methods` at once.
 
 The protocol is that of VTAB-1k where a CPU allows it: 800 pictures to train on, 200 to choose the learning rate on, no
-augmentation, the last epoch counts. Seed 0 runs every rate of the grid; the others run the one with the highest
-validation accuracy. For everyone: the head learns on standardised features, starts as a linear probe and has the
-learning rate 3e-4 (the linear probe itself: that of the grid), AdamW without weight decay, 10 % warm-up, cosine.
+augmentation, the last epoch counts. Seed 0 runs the rates of the grid upwards, and stops when one has lost ten points
+of validation accuracy; the other seeds run the one with the highest. For everyone: the head learns on standardised
+features, starts as a linear probe and has the learning rate 3e-4 (the linear probe itself: that of the grid), AdamW
+without weight decay, 10 % warm-up, cosine.
 
 Layers below the first that a method touches are frozen and without prompts, so they give the same for a picture in
 every epoch, and run once.
@@ -62,6 +63,7 @@ from peft_e2vpt import E2VPTConfig, PruneRewindCallback  # noqa: E402
 logger = logging.getLogger("transfer")
 
 HEAD_LEARNING_RATE = 3e-4
+HOPELESS_LOSS = 0.1
 KINDS = ("linear", "full", "bitfit", "lora", "e2vpt")
 
 
@@ -275,6 +277,16 @@ class Bench:
         )
 
 
+def fell_behind(rows: list[dict[str, Any]], rate: float) -> bool:
+    """Whether a smaller rate than `rate` lost more than `HOPELESS_LOSS` on validation against one smaller still."""
+    best = 0.0
+    for row in sorted(rows, key=lambda row: row["learning_rate"]):
+        if row["learning_rate"] < rate and row["validation_accuracy"] < best - HOPELESS_LOSS:
+            return True
+        best = max(best, row["validation_accuracy"])
+    return False
+
+
 def trainings(
     task: str, names: list[str], sweep: Sweep, results: Results, args: argparse.Namespace
 ) -> Iterator[tuple[str, float, int]]:
@@ -294,6 +306,8 @@ def trainings(
             else:
                 rates = sweep.learning_rates if seed == 0 else [chosen(name)]
             for rate in rates:
+                if seed == 0 and fell_behind(results.find(task=task, method=name, seed=0), rate):
+                    break
                 if not results.find(task=task, method=name, learning_rate=rate, seed=seed):
                     yield name, rate, seed
 

@@ -35,7 +35,7 @@ def test_speed_times_every_method(results_of: Run) -> None:
     results = results_of("speed.py")
     found = {(result["measured"], result["method"]) for result in results}
     forwards = {("forward", name) for name in ("plain", "e2vpt", "inserted", "lora", "e2vpt merged")}
-    assert found == forwards | {("step", name) for name in ("e2vpt", "inserted", "lora", "full")}
+    assert found == forwards | {("step", name) for name in ("class token", "e2vpt", "inserted", "lora", "full")}
     assert all(result["wall_ms"][1] > 0 for result in results)
 
 
@@ -54,7 +54,7 @@ def test_scaling_times_every_point_of_an_axis_and_draws_the_cost_of_prompts(resu
         for result in results
         if result["measured"] == "step" and result["axis"] == "prompts"
     }
-    assert steps == {(m, m // 2, name) for m in (2, 4) for name in ("e2vpt", "inserted", "lora")}
+    assert steps == {(m, m // 2, name) for m in (2, 4) for name in ("lora", "class token", "e2vpt", "inserted")}
     assert {r["method"] for r in results if r["num_adapters"] == 2} == {"plain", "e2vpt", "e2vpt merged"}
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -147,6 +147,22 @@ def test_a_method_that_lacks_a_task_is_in_no_mean():
     assert list(found) == ["e2vpt"]
 
 
+@pytest.mark.parametrize(
+    ("validation", "next_rate", "skipped"),
+    [
+        ([0.5, 0.7], 0.3, False),
+        ([0.7, 0.61], 0.3, False),
+        ([0.7, 0.59], 0.3, True),
+        ([0.7, 0.59], 0.2, False),  # the rate that lost is not skipped itself
+        ([0.4, 0.7, 0.59], 0.4, True),
+        ([], 0.1, False),
+    ],
+)
+def test_rates_above_one_that_has_lost_ten_points_of_validation_accuracy_are_skipped(validation, next_rate, skipped):
+    rows = [row("count", "full", 0.1 * (i + 1), 0, accuracy, 0.5, "structured") for i, accuracy in enumerate(validation)]
+    assert transfer.fell_behind(rows[::-1], next_rate) == skipped
+
+
 def test_the_suite_runs_end_to_end_and_a_second_run_adds_nothing(backbone, tmp_path):
     backbone.save_pretrained(tmp_path / "model")
     size = {"height": 28, "width": 28}
