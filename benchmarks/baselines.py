@@ -20,7 +20,7 @@ BACKBONES = {
     "vit-l": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
     "vit-h": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120},
 }
-# "class token" trains the head and the class token: the least that a step costs whose gradient reaches the first layer.
+# "class token" trains it and the head: the least that a step can cost whose gradient reaches the first layer.
 METHODS = ("plain", "class token", "e2vpt", "inserted", "lora", "full")
 PLAIN_FORWARD = ("class token", "full")
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import os
 import platform
@@ -55,6 +54,7 @@ from finetune import (  # noqa: E402
     load_processor,
     standardise_heads,
 )
+from json_lines import append_line, read_lines  # noqa: E402
 from paper_protocol import accuracy  # noqa: E402
 
 from peft_e2vpt import E2VPTConfig, PruneRewindCallback  # noqa: E402
@@ -103,33 +103,6 @@ class Sweep:
         content = yaml.safe_load(path.read_text())
         methods = {name: Method(**entry) for name, entry in content["methods"].items()}
         return cls([float(rate) for rate in content["learning_rates"]], methods)
-
-
-class Results:
-    """A file with a line of JSON per training, which grows and is never rewritten."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        if not self.path.is_file():
-            return
-        for number, line in enumerate(self.path.read_text().splitlines(), 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                logger.warning("Line %d of %s is incomplete: that training runs again.", number, self.path)
-
-    def find(self, **wanted: Any) -> list[dict[str, Any]]:
-        """The lines that have all these values."""
-        return [row for row in self if all(row.get(name) == value for name, value in wanted.items())]
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Appends a line, at once."""
-        torn = self.path.is_file() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
-        with open(self.path, "a") as file:
-            file.write(("\n" if torn else "") + json.dumps(row) + "\n")
 
 
 class Inputs(torch.utils.data.Dataset):
@@ -287,13 +260,15 @@ def fell_behind(rows: list[dict[str, Any]], rate: float) -> bool:
     return False
 
 
-def trainings(
-    task: str, names: list[str], sweep: Sweep, results: Results, args: argparse.Namespace
-) -> Iterator[tuple[str, float, int]]:
+def trainings(task: str, names: list[str], sweep: Sweep, args: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
     """Method, learning rate and seed of every training of a task that has no line yet, in their order."""
 
+    def rows_of(name: str, **wanted: Any) -> list[dict[str, Any]]:
+        wanted |= {"task": task, "method": name}
+        return [row for row in read_lines(args.results) if wanted.items() <= row.items()]
+
     def chosen(name: str) -> float:
-        rows = results.find(task=task, method=name, seed=0)
+        rows = rows_of(name, seed=0)
         if not rows:
             raise SystemExit(f"The learning rate of {name} on {task} is not chosen yet: run that method first.")
         return float(max(rows, key=lambda row: row["validation_accuracy"])["learning_rate"])
@@ -306,9 +281,9 @@ def trainings(
             else:
                 rates = sweep.learning_rates if seed == 0 else [chosen(name)]
             for rate in rates:
-                if seed == 0 and fell_behind(results.find(task=task, method=name, seed=0), rate):
+                if seed == 0 and fell_behind(rows_of(name, seed=0), rate):
                     break
-                if not results.find(task=task, method=name, learning_rate=rate, seed=seed):
+                if not rows_of(name, seed=seed, learning_rate=rate):
                     yield name, rate, seed
 
 
@@ -337,7 +312,7 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     transformers_logging.set_verbosity_error()
     args = parse_arguments()
-    sweep, results = Sweep.read(args.sweep), Results(args.results)
+    sweep = Sweep.read(args.sweep)
     names = args.methods or list(sweep.methods)
     unknown = set(names) - set(sweep.methods)
     if unknown:
@@ -350,12 +325,12 @@ def main() -> None:
     }
     for task in args.tasks:
         bench = None
-        for name, rate, seed in trainings(task, names, sweep, results, args):
+        for name, rate, seed in trainings(task, names, sweep, args):
             bench = bench or Bench(task, args)
             measured = bench.run(sweep.methods[name], rate, seed)
             row = {"task": task, "group": TASKS[task].group, "method": name, "learning_rate": rate, "seed": seed}
             row |= measured
-            results.add({**row, "date": time.strftime("%Y-%m-%d"), **machine})
+            append_line(args.results, {**row, "date": time.strftime("%Y-%m-%d"), **machine})
             logger.info(
                 "%s, %s, rate %g, seed %d: test %.3f, validation %.3f, %.0f s",
                 *(task, name, rate, seed, row["test_accuracy"], row["validation_accuracy"], row["cpu_seconds"]),

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transfer import Results
 
-from peft_e2vpt.plotting import plot_methods
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from json_lines import read_lines  # noqa: E402
+
+from peft_e2vpt.plotting import plot_methods  # noqa: E402
 
 
 Row = dict[str, Any]
@@ -125,6 +129,23 @@ def chosen_rates(chosen: dict[tuple[str, str], list[Row]], rows: list[Row]) -> l
     return lines
 
 
+def conditions(rows: list[Row]) -> str:
+    """What the trainings have run on and with, in a sentence; several values are all named."""
+
+    def values(name: str) -> str:
+        return " or ".join(dict.fromkeys(str(row[name]) for row in rows))
+
+    versions = " or ".join(
+        dict.fromkeys(", ".join(f"{name} {number}" for name, number in row["versions"].items()) for row in rows)
+    )
+    dates = sorted({row["date"] for row in rows})
+    return (
+        f"{len(rows)} trainings, {len({row['seed'] for row in rows})} seeds, {values('image_size')} px, "
+        f"{values('epochs')} epochs, batches of {values('batch_size')}, {values('dtype')}; {values('machine')}; "
+        f"{versions}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
@@ -132,12 +153,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="Methods to show. Default: all.")
     parser.add_argument("--against", nargs="+", default=["vpt-deep", "full", "linear", "lora"])
     args = parser.parse_args()
-    rows = [row for row in Results(args.results) if args.methods is None or row["method"] in args.methods]
+    rows = [row for row in read_lines(args.results) if args.methods is None or row["method"] in args.methods]
     if not rows:
         raise SystemExit(f"{args.results} has no results: run benchmarks/transfer.py first.")
     chosen = chosen_rows(rows)
     tasks, methods = (list(dict.fromkeys(key[i] for key in chosen)) for i in (0, 1))
     tasks.sort(key=lambda task: GROUPS.index(next(row["group"] for row in rows if row["task"] == task)))
+    print(conditions(rows), end="\n\n")
     print(table_of_tasks(chosen, tasks, methods), end="\n\n")
     found = summaries(chosen, tasks, methods)
     if found:

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import yaml
 from finetune import ModelArguments, collate, count_trained, load_base_model, load_processor, prepare_model
+from json_lines import append_line, read_lines
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -121,28 +120,6 @@ class PaperTrainingArguments(TrainingArguments):
 # --------------------------------------------------------------------------------------------------------- the results
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """
-    Reads a file of results. A last line that was cut off, when a run was killed, is removed with a warning.
-
-    Raises:
-        ValueError: Another line is not JSON.
-    """
-    if not path.exists():
-        return []
-    *lines, rest = path.read_bytes().split(b"\n")
-    if rest:
-        warnings.warn(f"The last line of {path} is cut off: its training runs again.", stacklevel=2)
-        path.write_bytes(b"".join(line + b"\n" for line in lines))
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"Line {number} of {path} is no result ({error}): remove it.") from error
-    return records
-
-
 class Results:
     """
     Finished trainings, in memory in every process, and as JSON lines that the first process writes.
@@ -158,7 +135,7 @@ class Results:
         from accelerate.utils import broadcast_object_list
 
         self.path, self.writes = path, writes
-        (self.records,) = broadcast_object_list([read_results(path) if writes else None])
+        (self.records,) = broadcast_object_list([read_lines(path) if writes else None])
 
     def find(self, key: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any] | None:
         """
@@ -180,9 +157,7 @@ class Results:
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         if self.writes:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            append_line(self.path, record)
 
 
 # ------------------------------------------------------------------------------------------------------- the trainings
