@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --output scaling.jsonl --picture scaling.png        # all axes, from ViT-B/16
     python benchmarks/scaling.py --axes prompts --batch_sizes 8 --rounds 5
 
-Axes: `batch` (images), `image` (pixels), `prompts` (M, with n = M / 2), `backbone` (ViT-S, B and L), and `adapters`
+Axes: `batch` (images), `image` (pixels), `prompts` (M, with n = M / 2), `backbone` (ViT-S, B, L and H), and `adapters`
 (how many are active at once, their rows side by side, beside the plain backbone alone). All other settings are those
 of the command line; the first of `--batch_sizes` counts. At every point the methods take turns. The reference of a
 forward pass is the plain backbone, that of a training step LoRA. `serving.py` times batches in which every image has
@@ -44,7 +44,7 @@ AXES: dict[str, list[Any]] = {
     "batch": [1, 4, 16],
     "image": [128, 224, 384],
     "prompts": [10, 25, 50, 100, 200],
-    "backbone": ["vit-s", "vit-b", "vit-l"],
+    "backbone": ["vit-s", "vit-b", "vit-l", "vit-h"],
     "adapters": [1, 2, 4, 8],
 }
 SMALLEST: dict[str, list[Any]] = {"prompts": [2, 4], "adapters": [2]}
