@@ -2,6 +2,7 @@
 """Builds the tables of the transfer suite from its result lines, and a picture: accuracy against trained parameters.
 
     python benchmarks/transfer_table.py outputs/transfer.jsonl [--methods linear e2vpt] [--picture transfer.png]
+    python benchmarks/transfer_table.py outputs/transfer.jsonl --reference e2vpt         # differences, for ablations
 
 Accuracies are per cent on test pictures: mean over the seeds, each with the learning rate that was best on validation
 pictures with seed 0. A method is in the means of groups and tasks only where it has run on every task of the table.
@@ -118,6 +119,33 @@ def difference(chosen: dict[tuple[str, str], list[Row]], tasks: list[str], first
     )
 
 
+def table_of_changes(
+    chosen: dict[tuple[str, str], list[Row]], tasks: list[str], methods: list[str], reference: str
+) -> str:
+    """A line per method: its points above the reference over the seeds that both have run, per task and on average."""
+    shown = [task for task in tasks if any((task, method) in chosen for method in methods if method != reference)]
+    lines = [f"| minus {reference} | " + " | ".join(shown) + " | mean | standard error |"]
+    lines.append("|---|" + "---:|" * (len(shown) + 2))
+    for method in methods:
+        if method == reference:
+            continue
+        changes = {task: change(chosen.get((task, method)), chosen.get((task, reference))) for task in shown}
+        known = [value for value in changes.values() if value is not None]
+        if not known:
+            continue
+        error = f"{statistics.stdev(known) / len(known) ** 0.5:.1f}" if len(known) > 1 else ""
+        cells = ["" if value is None else f"{value:+.1f}" for value in changes.values()]
+        lines.append(f"| {method} | {' | '.join(cells)} | {statistics.mean(known):+.1f} | {error} |")
+    return "\n".join(lines)
+
+
+def change(rows: list[Row] | None, reference: list[Row] | None) -> float | None:
+    """The mean difference of test accuracies in points over the seeds that both have run."""
+    accuracies = [{row["seed"]: 100 * row["test_accuracy"] for row in part or []} for part in (rows, reference)]
+    seeds = set(accuracies[0]) & set(accuracies[1])
+    return statistics.mean(accuracies[0][seed] - accuracies[1][seed] for seed in seeds) if seeds else None
+
+
 def chosen_rates(chosen: dict[tuple[str, str], list[Row]], rows: list[Row]) -> list[str]:
     """Says how often each method chose each learning rate of its grid."""
     lines = []
@@ -151,6 +179,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--picture", type=Path, help="Write the picture to this file.")
     parser.add_argument("--methods", nargs="+", help="Methods to show. Default: all.")
+    parser.add_argument("--reference", help="Show the differences to this method, seed by seed, and nothing else.")
     parser.add_argument("--against", nargs="+", default=["vpt-deep", "full", "linear", "lora"])
     args = parser.parse_args()
     rows = [row for row in read_lines(args.results) if args.methods is None or row["method"] in args.methods]
@@ -160,6 +189,9 @@ def main() -> None:
     tasks, methods = (list(dict.fromkeys(key[i] for key in chosen)) for i in (0, 1))
     tasks.sort(key=lambda task: GROUPS.index(next(row["group"] for row in rows if row["task"] == task)))
     print(conditions(rows), end="\n\n")
+    if args.reference:
+        print(table_of_changes(chosen, tasks, methods, args.reference))
+        return
     print(table_of_tasks(chosen, tasks, methods), end="\n\n")
     found = summaries(chosen, tasks, methods)
     if found:

@@ -126,6 +126,21 @@ def test_the_table_takes_the_rate_chosen_on_validation_and_the_mean_over_seeds()
     assert line == "e2vpt minus full: +0.0 points (standard error over 2 tasks 10.0; ahead on 1)"
 
 
+def test_changes_are_taken_over_the_seeds_that_a_method_and_the_reference_have_both_run():
+    rows = [
+        row("digits", "e2vpt", 0.1, 0, 0.6, 0.80, "natural"),
+        row("digits", "e2vpt", 0.1, 1, 0.6, 0.90, "natural"),
+        row("digits", "kv-1", 0.1, 0, 0.6, 0.75, "natural"),
+        row("count", "e2vpt", 0.1, 0, 0.6, 0.50, "structured"),
+        row("count", "kv-1", 0.1, 0, 0.6, 0.52, "structured"),
+        row("emoji", "e2vpt", 0.1, 0, 0.6, 0.50, "natural"),
+    ]
+    chosen = transfer_table.chosen_rows(rows)
+    table = transfer_table.table_of_changes(chosen, ["digits", "count", "emoji"], ["e2vpt", "kv-1"], "e2vpt")
+    assert table.splitlines()[0] == "| minus e2vpt | digits | count | mean | standard error |"
+    assert table.splitlines()[2:] == ["| kv-1 | -5.0 | +2.0 | -1.5 | 3.5 |"]
+
+
 def test_a_method_that_lacks_a_task_is_in_no_mean():
     rows = [
         row("digits", "e2vpt", 0.1, 0, 0.6, 0.9, "natural"),
