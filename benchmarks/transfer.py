@@ -77,6 +77,7 @@ class Method:
         config: of `LoraConfig` or `E2VPTConfig`.
         pruning: of `PruneRewindCallback`; `None` does not prune.
         learning_rate_of: the method whose learning rate it takes; by default it searches one.
+        epochs: in place of those of the command line.
     """
 
     kind: str
@@ -84,6 +85,7 @@ class Method:
     config: dict[str, Any] = field(default_factory=dict)
     pruning: dict[str, Any] | None = None
     learning_rate_of: str | None = None
+    epochs: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -198,11 +200,12 @@ class Bench:
         standardise_heads(model, heads, len(self.labels))
         model = tune(model, method, heads)
         callbacks = [] if method.pruning is None else [PruneRewindCallback(**method.pruning)]
+        epochs = self.args.epochs if method.epochs is None else method.epochs
         train, validation, test = self.inputs(method.first_layer)
         with tempfile.TemporaryDirectory() as folder:
             trainer = PictureTrainer(
                 model=model,
-                args=self.training_arguments(folder, learning_rate, seed, len(callbacks)),
+                args=self.training_arguments(folder, learning_rate, seed, epochs * (1 + len(callbacks))),
                 head_names=heads,
                 head_learning_rate=learning_rate if method.kind == "linear" else HEAD_LEARNING_RATE,
                 mirror=False,
@@ -223,18 +226,19 @@ class Bench:
                 "test_pictures": len(test),
                 "trained": count_trained(model),
                 "parameters": num_parameters,
+                "epochs": epochs,
                 "seconds": wall,
                 "cpu_seconds": cpu,
                 "pruning": report.candidates[report.chosen] if searched else None,
             }
 
-    def training_arguments(self, folder: str, learning_rate: float, seed: int, num_prunings: int) -> TrainingArguments:
-        """The recipe, the same for all methods; pruning trains twice."""
+    def training_arguments(self, folder: str, learning_rate: float, seed: int, epochs: float) -> TrainingArguments:
+        """The recipe, the same for all methods; one that prunes trains twice."""
         return TrainingArguments(
             folder,
             learning_rate=learning_rate,
             seed=seed,
-            num_train_epochs=self.args.epochs * (1 + num_prunings),
+            num_train_epochs=epochs,
             per_device_train_batch_size=self.args.batch_size,
             per_device_eval_batch_size=100,
             lr_scheduler_type="cosine",
@@ -321,7 +325,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "dtype": "bf16 autocast" if args.bf16 else "float32",
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-        **{name: getattr(args, name) for name in ("image_size", "epochs", "batch_size")},
+        **{name: getattr(args, name) for name in ("image_size", "batch_size")},
     }
     for task in args.tasks:
         bench = None
