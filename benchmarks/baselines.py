@@ -59,7 +59,14 @@ class InsertedPrompts(nn.Module):
         return self.model(**batch)
 
 
-def build(method: str, backbone: str, image_size: int, num_visual_prompts: int, num_kv_prompts: int) -> nn.Module:
+def build(
+    method: str,
+    backbone: str,
+    image_size: int,
+    num_visual_prompts: int,
+    num_kv_prompts: int,
+    visual_prompt_dropout: float = 0.1,
+) -> nn.Module:
     """Builds a model in float32 with 100 classes; the backbone's weights are the same for every method."""
     torch.manual_seed(0)
     config = ViTConfig(image_size=image_size, num_labels=100, **BACKBONES[backbone])
@@ -79,4 +86,9 @@ def build(method: str, backbone: str, image_size: int, num_visual_prompts: int, 
         return get_peft_model(
             model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
         )
-    return get_peft_model(model, E2VPTConfig(num_visual_prompts=num_visual_prompts, num_kv_prompts=num_kv_prompts))
+    config = E2VPTConfig(
+        num_visual_prompts=num_visual_prompts,
+        num_kv_prompts=num_kv_prompts,
+        visual_prompt_dropout=visual_prompt_dropout,
+    )
+    return get_peft_model(model, config)

@@ -40,7 +40,8 @@ def measure(method: str, work: str, args: argparse.Namespace) -> float:
 def in_fresh_process(method: str, work: str, batch_size: int, args: argparse.Namespace) -> float:
     """The same in a process of its own."""
     command = [sys.executable, __file__, "--measure", method, work, "--batch_sizes", str(batch_size)]
-    for name in ("backbone", "image_size", "num_visual_prompts", "num_kv_prompts", "device", "dtype"):
+    sizes = ("image_size", "num_visual_prompts", "num_kv_prompts", "visual_prompt_dropout")
+    for name in ("backbone", *sizes, "device", "dtype"):
         command += [f"--{name}", str(getattr(args, name))]
     if args.compile:
         command.append("--compile")

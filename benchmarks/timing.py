@@ -31,6 +31,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--num_visual_prompts", type=int, default=10)
     parser.add_argument("--num_kv_prompts", type=int, default=5)
+    parser.add_argument("--visual_prompt_dropout", type=float, default=0.1, help="of E2VPT, drawn for every sample")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="bfloat16 is autocast")
@@ -62,7 +63,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 def build_on(method: str, args: argparse.Namespace) -> nn.Module:
     """Builds the model of a method on the device of the command line; `"e2vpt merged"` has constants as rows."""
     sizes = (args.backbone, args.image_size, args.num_visual_prompts, args.num_kv_prompts)
-    model = build(method.removesuffix(" merged"), *sizes).to(args.device)
+    model = build(method.removesuffix(" merged"), *sizes, args.visual_prompt_dropout).to(args.device)
     if method.endswith(" merged"):
         model.eval().merge_adapter()
     return model
@@ -173,9 +174,8 @@ def write(results: list[dict[str, Any]], args: argparse.Namespace, **about: Any)
     """Appends results to the output file, each with what it depends on."""
     if args.output is None:
         return
-    setting = {
-        name: getattr(args, name) for name in ("backbone", "image_size", "num_visual_prompts", "num_kv_prompts")
-    }
+    names = ("backbone", "image_size", "num_visual_prompts", "num_kv_prompts", "visual_prompt_dropout")
+    setting = {name: getattr(args, name) for name in names}
     with args.output.open("a") as file:
         for result in results:
             file.write(json.dumps({**machine(args), **setting, **about, **result}) + "\n")

@@ -187,6 +187,8 @@ def main() -> None:
         raise SystemExit(f"{args.results} has no results: run benchmarks/transfer.py first.")
     chosen = chosen_rows(rows)
     tasks, methods = (list(dict.fromkeys(key[i] for key in chosen)) for i in (0, 1))
+    if args.methods:
+        methods.sort(key=args.methods.index)
     tasks.sort(key=lambda task: GROUPS.index(next(row["group"] for row in rows if row["task"] == task)))
     print(conditions(rows), end="\n\n")
     if args.reference:

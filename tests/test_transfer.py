@@ -195,5 +195,7 @@ def test_the_suite_runs_end_to_end_and_a_second_run_adds_nothing(backbone, tmp_p
     shown = subprocess.run(
         [*table, "--picture", str(tmp_path / "a.png")], check=True, capture_output=True, text=True
     ).stdout
-    assert shown.startswith(f"{len(rows)} trainings, 2 seeds, 28 px, 0.4 or 0.2 epochs, batches of 16, bf16 autocast; ")
+    assert shown.startswith(
+        f"{len(rows)} trainings, 2 seeds, 28 px, 0.4 or 0.2 epochs, batches of 16, bf16 autocast; "
+    )
     assert "| e2vpt |" in shown and (tmp_path / "a.png").stat().st_size > 0
