@@ -599,4 +599,6 @@ def main(benchmark: Benchmark, description: str) -> None:
     else:
         run(benchmark, presets, args, training_args, CACHE / "backbones")
     if torch.distributed.is_initialized():
+        gc.collect()  # a DDP model that is alive when its process group ends may abort the process
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
