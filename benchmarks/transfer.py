@@ -254,6 +254,11 @@ class Bench:
         )
 
 
+def chosen_rate(rows: list[dict[str, Any]]) -> float:
+    """The learning rate with the highest validation accuracy among the rows of a method on a task with seed 0."""
+    return float(max(rows, key=lambda row: row["validation_accuracy"])["learning_rate"])
+
+
 def fell_behind(rows: list[dict[str, Any]], rate: float) -> bool:
     """Whether a smaller rate than `rate` lost more than `HOPELESS_LOSS` on validation against one smaller still."""
     best = 0.0
@@ -275,7 +280,7 @@ def trainings(task: str, names: list[str], sweep: Sweep, args: argparse.Namespac
         rows = rows_of(name, seed=0)
         if not rows:
             raise SystemExit(f"The learning rate of {name} on {task} is not chosen yet: run that method first.")
-        return float(max(rows, key=lambda row: row["validation_accuracy"])["learning_rate"])
+        return chosen_rate(rows)
 
     for seed in range(args.seeds):
         for name in names:
@@ -285,9 +290,10 @@ def trainings(task: str, names: list[str], sweep: Sweep, args: argparse.Namespac
             else:
                 rates = sweep.learning_rates if seed == 0 else [chosen(name)]
             for rate in rates:
-                if seed == 0 and fell_behind(rows_of(name, seed=0), rate):
+                done = rows_of(name, seed=seed)
+                if seed == 0 and fell_behind(done, rate):
                     break
-                if not rows_of(name, seed=seed, learning_rate=rate):
+                if all(row["learning_rate"] != rate for row in done):
                     yield name, rate, seed
 
 

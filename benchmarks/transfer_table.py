@@ -12,17 +12,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transfer import chosen_rate, read_lines
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from json_lines import read_lines  # noqa: E402
-
-from peft_e2vpt.plotting import plot_methods  # noqa: E402
+from peft_e2vpt.plotting import plot_methods
 
 
 Row = dict[str, Any]
@@ -38,7 +34,7 @@ def chosen_rows(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     for cell, members in of_cell.items():
         first = [row for row in members if row["seed"] == 0]
         if first:
-            rate = max(first, key=lambda row: row["validation_accuracy"])["learning_rate"]
+            rate = chosen_rate(first)
             chosen[cell] = [row for row in members if row["learning_rate"] == rate]
     return chosen
 
