@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 import peft_e2vpt
-from peft_e2vpt.container import visual_prompt_layers
-from peft_e2vpt.layer import GateOverride
+from peft_e2vpt.tuner.layer import GateOverride
+from peft_e2vpt.tuner.prompt_layers import visual_prompt_layers
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))

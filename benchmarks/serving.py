@@ -21,7 +21,7 @@ from peft import PeftModel
 from timing import make_batch, print_ratios, take_turns
 
 from peft_e2vpt import E2VPTConfig
-from peft_e2vpt.container import prompt_layers
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 
 REFERENCE = "1 active"

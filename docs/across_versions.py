@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from models import build, output_of  # noqa: E402
 
 from peft_e2vpt import E2VPTConfig, Gates, apply_gates  # noqa: E402
-from peft_e2vpt.container import prompt_layers  # noqa: E402
+from peft_e2vpt.tuner.prompt_layers import prompt_layers  # noqa: E402
 
 
 FAMILIES = ("vit", "deit", "msn", "ijepa", "dinov2", "dinov2_with_registers", "beit_relative_bias", "clip", "swin")

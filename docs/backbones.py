@@ -23,7 +23,7 @@ sys.path.insert(0, str(DOCS.parent / "tests"))
 import zoo  # noqa: E402
 import zoo_checks as checks  # noqa: E402
 
-from peft_e2vpt.container import prompt_layers  # noqa: E402
+from peft_e2vpt.tuner.prompt_layers import prompt_layers  # noqa: E402
 
 
 COLUMNS = {

@@ -26,7 +26,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 
 from peft_e2vpt import E2VPTConfig
-from peft_e2vpt.attending import prompt_attention
+from peft_e2vpt.attention_maps import prompt_attention
 from peft_e2vpt.plotting import plot_attention_maps, plot_prompt_attention
 
 

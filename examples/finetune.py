@@ -166,7 +166,7 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict:
     """
     from datasets import DatasetDict, load_dataset
 
-    from peft_e2vpt.pictures import name_columns
+    from peft_e2vpt.images import name_columns
 
     if args.train_dir is not None:
         files = {"train": f"{args.train_dir}/**"}
@@ -267,7 +267,7 @@ def load_base_model(model_name: str, labels: list[str]) -> PreTrainedModel:
 
 def find_head_names(base_model: PreTrainedModel) -> list[str]:
     """Names the modules of the classification head, found as E2VPT finds them."""
-    from peft_e2vpt.sites import find_attention_sites, find_heads
+    from peft_e2vpt.backbones.sites import find_attention_sites, find_heads
 
     return find_heads(base_model, find_attention_sites(base_model))
 
@@ -493,7 +493,7 @@ def save_pruning(callback: PruneRewindCallback, folder: Path) -> None:
 
 def count_trained(model: nn.Module) -> int:
     """Counts trained parameters, pruned values of prompts not among them."""
-    from peft_e2vpt.container import prompt_layers
+    from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
     if prompt_layers(model):
         return model.prompt_summary().num_tuned_values

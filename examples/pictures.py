@@ -81,7 +81,7 @@ def draw_run(folder: Path) -> Iterator[tuple[str, Figure]]:
 
     from peft_e2vpt import PruningReport
     from peft_e2vpt.plotting import plot_pruning, plot_run
-    from peft_e2vpt.report import REPORT_NAME
+    from peft_e2vpt.pruning.report import REPORT_NAME
 
     report = PruningReport.load(folder) if (folder / REPORT_NAME).exists() else None
     state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
@@ -94,7 +94,7 @@ def draw_attention(
     model: PeftModel, batch: dict[str, torch.Tensor], of_maps: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, Figure]]:
     """Draws how much attention prompts get, and where in pictures the rest goes."""
-    from peft_e2vpt.attending import prompt_attention
+    from peft_e2vpt.attention_maps import prompt_attention
     from peft_e2vpt.plotting import plot_attention_maps, plot_prompt_attention
 
     yield "prompt_attention", plot_prompt_attention(prompt_attention(model, batch))
@@ -110,7 +110,7 @@ def is_e2vpt(folder: Path) -> bool:
 def draw(run: Path, args: PictureArguments, data_args: DataArguments) -> Iterator[tuple[str, Figure]]:
     """Yields the name of every picture, and the picture."""
     import peft_e2vpt
-    from peft_e2vpt.embedding import class_token_embeddings
+    from peft_e2vpt.embeddings import class_token_embeddings
     from peft_e2vpt.plotting import plot_embeddings, plot_methods
 
     rows: list[dict[str, Any]] = json.loads((run / "results.json").read_text())["methods"]

@@ -17,11 +17,11 @@ import typer
 
 
 if TYPE_CHECKING:
-    from .importance import ImportanceScores
-    from .inspection import AdapterContent, LayerContent
-    from .pruning import Gates
-    from .search import PruningSearch
-    from .summary import PromptSummary
+    from .hub.inspection import AdapterContent, LayerContent
+    from .pruning.importance import ImportanceScores
+    from .pruning.ranking import Gates
+    from .pruning.search import PruningSearch
+    from .tuner.summary import PromptSummary
 
 
 app = typer.Typer(
@@ -47,9 +47,9 @@ def _command() -> Iterator[None]:
     """Runs a command: registers the method, and says errors and warnings of users in one sentence each."""
     from transformers.utils import logging
 
-    from .config import E2VPTConfig
-    from .model import E2VPTModel
     from .registration import register
+    from .tuner.config import E2VPTConfig
+    from .tuner.model import E2VPTModel
 
     register(E2VPTConfig, E2VPTModel)
     logging.set_verbosity_error()
@@ -78,8 +78,8 @@ def inspect(
 ) -> None:
     """Show what is in an adapter. Reads its own files only, not those of its base model."""
     with _command():
-        from .inspection import inspect_adapter
-        from .loading import load_in_outline
+        from .hub.inspection import inspect_adapter
+        from .hub.loading import load_in_outline
 
         content = inspect_adapter(adapter, revision=revision, subfolder=subfolder)
         percentage, source = content.tuned_percentage, "as its card says"
@@ -188,12 +188,12 @@ def prune(
         if not 0.0 < max_tuned_percentage < 100.0:
             raise typer.BadParameter(f"--max-tuned-percentage lies between 0 and 100, got {max_tuned_percentage}.")
     with _command():
-        from .card import AdapterFacts, write_card
-        from .importance import score_prompts
-        from .loading import load
-        from .pictures import accuracy, load_pictures
-        from .pruning import apply_gates, current_gates
-        from .report import PruningReport
+        from .hub.card import AdapterFacts, write_card
+        from .hub.loading import load
+        from .images import accuracy, load_pictures
+        from .pruning.importance import score_prompts
+        from .pruning.ranking import apply_gates, current_gates
+        from .pruning.report import PruningReport
 
         _refuse_taken(output)
         model = load(adapter, revision=revision, subfolder=subfolder, base_model=base)
@@ -240,7 +240,7 @@ def prune(
 
 
 def _prompted_layers(model: Any) -> list[int]:
-    from .container import visual_prompt_layers
+    from .tuner.prompt_layers import visual_prompt_layers
 
     return [layer.index for layer in visual_prompt_layers(model)[1]]
 
@@ -252,8 +252,8 @@ def _choose(
     amounts: tuple[float | int, float | int] | None,
     max_tuned_percentage: float | None,
 ) -> tuple[Gates, PruningSearch | None]:
-    from . import pruning
-    from .search import search_pruning
+    from .pruning import ranking as pruning
+    from .pruning.search import search_pruning
 
     if amounts is not None:
         return pruning.prune(scores, *amounts), None
@@ -321,7 +321,7 @@ def convert(
     with _command():
         from transformers import AutoModelForImageClassification
 
-        from .conversion import read_checkpoint
+        from .hub.conversion import read_checkpoint
 
         _refuse_taken(output)
         released = read_checkpoint(checkpoint)
@@ -347,7 +347,7 @@ def card(
     with _command():
         from tempfile import TemporaryDirectory
 
-        from .card import CARD_NAME
+        from .hub.card import CARD_NAME
 
         if write and not Path(adapter).is_dir():
             raise ValueError(f"{adapter} is no folder to write a card into; peft_e2vpt.push_to_hub uploads one.")
@@ -365,7 +365,7 @@ def _write_card(adapter: str, revision: str | None, subfolder: str | None, base:
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
-    from .card import (
+    from .hub.card import (
         BY_A_TRAINER,
         CARD_NAME,
         PROCESSOR_NAMES,
@@ -375,9 +375,9 @@ def _write_card(adapter: str, revision: str | None, subfolder: str | None, base:
         stated_results,
         write_card,
     )
-    from .labels import describe
-    from .loading import adapter_file, load_in_outline
-    from .report import REPORT_NAME
+    from .hub.labels import describe
+    from .hub.loading import adapter_file, load_in_outline
+    from .pruning.report import REPORT_NAME
 
     model = load_in_outline(adapter, revision=revision, subfolder=subfolder, base_model=base)
     config = model.peft_config["default"]

@@ -24,8 +24,8 @@ from training import HALF, SETTINGS, Pictures, adapted, arguments, history_of, t
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
 from peft_e2vpt import E2VPTConfig, PruneRewindCallback, trained_tensors
-from peft_e2vpt.container import prompt_layers
-from peft_e2vpt.sharding import assign, is_sharded, whole
+from peft_e2vpt.distributed import assign, is_sharded, whole
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5}

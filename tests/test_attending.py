@@ -13,7 +13,7 @@ from models import BATCH, NAMES
 from torch import Tensor
 
 from peft_e2vpt import E2VPTConfig
-from peft_e2vpt.attending import attention_maps, prompt_attention
+from peft_e2vpt.attention_maps import attention_maps, prompt_attention
 
 
 SAYS_NO_PREFIX = {"beit_relative_bias", "beit_shared_bias", "siglip2"}

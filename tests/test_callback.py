@@ -50,9 +50,9 @@ from peft_e2vpt import (
     search_pruning,
     trained_tensors,
 )
-from peft_e2vpt.callback import TARGET_FILE
-from peft_e2vpt.container import prompt_layers
-from peft_e2vpt.pruning import current_gates
+from peft_e2vpt.pruning.callback import TARGET_FILE
+from peft_e2vpt.pruning.ranking import current_gates
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 
 BOUNDARY, STEPS = 12, 24

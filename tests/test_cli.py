@@ -27,8 +27,8 @@ from typer.testing import CliRunner, Result
 import peft_e2vpt
 from peft_e2vpt import PruningReport
 from peft_e2vpt.cli import app
-from peft_e2vpt.inspection import inspect_adapter
-from peft_e2vpt.pictures import accuracy, load_pictures
+from peft_e2vpt.hub.inspection import inspect_adapter
+from peft_e2vpt.images import accuracy, load_pictures
 
 
 COLOURS = ["red", "green", "blue"]

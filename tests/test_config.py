@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import PeftConfig, PeftType, get_peft_config
 
 from peft_e2vpt import E2VPTConfig
-from peft_e2vpt.config import CHOICES
+from peft_e2vpt.tuner.config import CHOICES
 
 
 # ------------------------------------------------------------------------------------------------------- valid choices

@@ -14,7 +14,7 @@ from released import base_of, checkpoint_of
 from test_golden import CASES, Case, stored
 from torch import Tensor, nn
 
-from peft_e2vpt.conversion import read_checkpoint
+from peft_e2vpt.hub.conversion import read_checkpoint
 
 
 # what classifies the mean of all tokens is no model of transformers; one adapter cannot have the prompts of one layer

@@ -22,7 +22,7 @@ from test_processes import torchrun
 from training import HALF, Pictures, adapted, assert_same_bits
 
 from peft_e2vpt import PruneRewindCallback, trained_tensors
-from peft_e2vpt.container import prompt_layers
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 
 HERE = Path(__file__).parent

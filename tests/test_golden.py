@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
 from peft_e2vpt import E2VPTConfig
-from peft_e2vpt.container import prompt_layers
-from peft_e2vpt.layer import GateOverride
+from peft_e2vpt.tuner.layer import GateOverride
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from peft_e2vpt import E2VPTConfig, apply_gates, prune, score_prompts, search_pruning
-from peft_e2vpt.container import prompt_layers
-from peft_e2vpt.layer import GateOverride
+from peft_e2vpt.tuner.layer import GateOverride
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 
 BACKBONES = ("vit", "dinov2", "swin", "clip")

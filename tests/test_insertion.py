@@ -23,7 +23,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_e2vpt import E2VPTConfig
-from peft_e2vpt.container import prompt_layers
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 
 M, N = 3, 2

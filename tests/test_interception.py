@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from peft_e2vpt import E2VPTConfig, interception, score_prompts
 from peft_e2vpt import attention as interface
-from peft_e2vpt.attention import Rows
-from peft_e2vpt.container import prompt_layers
+from peft_e2vpt.attention.interface import Rows
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 
 OWN = ["blip_vision", "sam_vision", "swinv2", "hiera", "levit", "bridgetower_vision"]

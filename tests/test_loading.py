@@ -21,11 +21,11 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import peft_e2vpt
 from peft_e2vpt import E2VPTConfig, PruningReport
-from peft_e2vpt.card import Location, write_card
+from peft_e2vpt.hub.card import Location, write_card
 
 
 LABELS = ["ash", "beech", "cedar", "dogwood", "elm"]
-NO_MATPLOTLIB = "peft_e2vpt.card.find_spec"
+NO_MATPLOTLIB = "peft_e2vpt.hub.card.find_spec"
 
 
 def name_classes(model: Any, labels: list[str]) -> None:

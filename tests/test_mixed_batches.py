@@ -13,7 +13,7 @@ from models import build
 from several import ALIKE, BASE, DIFFERENT, add, at_once, one_by_one, with_adapters
 from torch import Tensor, nn
 
-from peft_e2vpt.mixed_batch import one_adapter_per_sample
+from peft_e2vpt.tuner.mixed_batch import one_adapter_per_sample
 
 
 families = pytest.mark.parametrize("name", ["vit", "dinov2", "swin", "clip"])

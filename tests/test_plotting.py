@@ -18,8 +18,8 @@ from torch import Tensor
 from training import trainer_for
 
 from peft_e2vpt import PruneRewindCallback, PruningReport
-from peft_e2vpt.attending import PromptAttention, attention_maps, prompt_attention
-from peft_e2vpt.embedding import class_token_embeddings
+from peft_e2vpt.attention_maps import PromptAttention, attention_maps, prompt_attention
+from peft_e2vpt.embeddings import class_token_embeddings
 from peft_e2vpt.plotting import (
     plot_attention_maps,
     plot_embeddings,

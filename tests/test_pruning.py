@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peft_e2vpt import Gates, ImportanceScores, apply_gates, prune, prune_to_budget
-from peft_e2vpt.container import prompt_layers
-from peft_e2vpt.pruning import current_gates, number_to_prune
+from peft_e2vpt.pruning.ranking import current_gates, number_to_prune
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 
 BACKBONES = ("vit", "dinov2", "swin", "clip")

@@ -50,7 +50,7 @@ def test_registering_twice_changes_nothing():
 
 def reload_all() -> None:
     old, member = E2VPTConfig, PeftType.E2VPT
-    for module in (registration, peft_e2vpt.config, peft_e2vpt.model, peft_e2vpt):
+    for module in (registration, peft_e2vpt.tuner.config, peft_e2vpt.tuner.model, peft_e2vpt):
         importlib.reload(module)
     assert PeftType.E2VPT is member and list(PeftType).count("E2VPT") == 1
     new = PEFT_TYPE_TO_CONFIG_MAPPING[member]

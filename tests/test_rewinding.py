@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_e2vpt import redraw, rewind, trained_tensors
-from peft_e2vpt.container import prompt_layers
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 
 BACKBONES = ("vit", "dinov2", "swin", "clip")

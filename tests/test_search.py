@@ -17,8 +17,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from peft_e2vpt import E2VPTConfig, ImportanceScores, apply_gates, prune, score_prompts, search_pruning
-from peft_e2vpt.container import prompt_layers
-from peft_e2vpt.search import RATIOS
+from peft_e2vpt.pruning.search import RATIOS
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 
 BACKBONES = ("vit", "dinov2", "swin", "clip")

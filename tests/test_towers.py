@@ -11,7 +11,7 @@ import transformers
 from peft import TaskType, get_peft_model
 
 from peft_e2vpt import E2VPTConfig
-from peft_e2vpt.container import prompt_layers
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from peft_e2vpt import E2VPTConfig
-from peft_e2vpt.container import prompt_layers
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 
 AT_ODDS_WITH_ITSELF = {"phi4_multimodal_vision"}  # the plain model is causal under sdpa, not under eager and compiled

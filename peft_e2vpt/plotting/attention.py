@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..attending import KEY_VALUE, KINDS, TOKEN, VISUAL, AttentionMap, PromptAttention, attention_maps
+from ..attention_maps import KEY_VALUE, KINDS, TOKEN, VISUAL, AttentionMap, PromptAttention, attention_maps
 from .canvas import KEY_VALUE_COLOUR, VISUAL_COLOUR, new_figure
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..report import PruningReport
+from ..pruning.report import PruningReport
 from .canvas import new_figure
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..report import PruningReport
+from ..pruning.report import PruningReport
 from .canvas import new_figure
 
 

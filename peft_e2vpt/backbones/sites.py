@@ -1,0 +1,278 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""The self-attentions of a model that can take prompts, each with the block around it: `find_attention_sites`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .table import BACKBONES, Backbone
+
+
+def _widths(projection: nn.Module | Tensor) -> tuple[int, int]:
+    """Width of what goes into a projection, a module or a bare weight, and of what comes out."""
+    if isinstance(projection, Tensor):
+        return projection.shape[1], projection.shape[0]
+    for module in projection.modules():
+        if isinstance(module, Conv1D):
+            return int(module.weight.shape[0]), int(module.weight.shape[1])
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels, module.out_channels
+        if hasattr(module, "in_features"):
+            return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    raise ValueError(f"{type(projection).__name__} holds no linear layer, so it cannot project visual prompts.")
+
+
+@contextmanager
+def _fixed_statistics(projection: nn.Module) -> Iterator[None]:
+    """Keeps prompts out of the running statistics of a batch norm inside the projection."""
+    norms = [module for module in projection.modules() if isinstance(module, _BatchNorm) and module.training]
+    for norm in norms:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training = True
+
+
+def _project(projection: nn.Module | Tensor, hidden: Tensor) -> Tensor:
+    """Applies a projection, linear, a 1x1 convolution or a bare weight, to tokens (B, M, D)."""
+    if isinstance(projection, Tensor):
+        return F.linear(hidden, projection)
+    if type(projection) is nn.Linear:  # most are, and nothing has to be looked for inside
+        return projection(hidden)  # type: ignore[no-any-return]
+    with _fixed_statistics(projection):
+        if any(isinstance(module, nn.Conv2d) for module in projection.modules()):
+            projected: Tensor = projection(hidden.transpose(1, 2)[..., None])
+            return projected[..., 0].transpose(1, 2)
+        return projection(hidden)  # type: ignore[no-any-return]
+
+
+@dataclass(eq=False)
+class AttentionSite:
+    """One self-attention of a model, with the block around it.
+
+    Attributes:
+        name: path of the attention in the model.
+        attention: the self-attention module.
+        block: the transformer block that holds norm and attention.
+        backbone: the line of `BACKBONES` that describes both.
+        config: the config of the tower that the attention belongs to.
+    """
+
+    name: str
+    attention: Any
+    block: Any
+    backbone: Backbone
+    config: Any
+
+    @cached_property
+    def width(self) -> int:
+        """D, the width of the tokens that the attention sees."""
+        return _widths(getattr(self.attention, self.backbone.key))[0]
+
+    @cached_property
+    def num_key_value_heads(self) -> int:
+        """H, the heads of keys and values."""
+        if self.backbone.heads is not None:
+            return int(getattr(self.attention, self.backbone.heads))
+        return _widths(getattr(self.attention, self.backbone.key))[1] // int(
+            getattr(self.attention, self.backbone.head_dim)
+        )
+
+    @cached_property
+    def key_dim(self) -> int:
+        """The size of one head of the keys."""
+        heads, out = self.num_key_value_heads, _widths(getattr(self.attention, self.backbone.key))[1]
+        if not self._has_common_projection:
+            return out // heads
+        return (out // heads - self.value_dim) // (self.backbone.parts - 1)
+
+    @cached_property
+    def value_dim(self) -> int:
+        """The size of one head of the values."""
+        heads, out = self.num_key_value_heads, _widths(getattr(self.attention, self.backbone.value))[1]
+        if not self._has_common_projection:
+            return out // heads
+        if self.backbone.value_dim is not None:
+            return int(getattr(self.attention, self.backbone.value_dim)) // heads
+        return out // self.backbone.parts // heads
+
+    @property
+    def head_dim(self) -> int:
+        """d, the size of one head; where keys and values differ (LeViT), the larger of the two."""
+        return max(self.key_dim, self.value_dim)
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """The norm before the attention, in a list; an empty list where there is none."""
+        return [] if self.backbone.norm is None else [getattr(self.block, self.backbone.norm)]
+
+    @property
+    def _has_common_projection(self) -> bool:
+        return self.backbone.key == self.backbone.value
+
+    @property
+    def patch_area(self) -> int:
+        """p^2, the pixels of a patch; 0 in a text tower and where the config does not tell."""
+        if not self.is_vision:
+            return 0
+        patch_size = getattr(self.config, "patch_size", None)
+        if patch_size is None:  # a pyramid has one per stage
+            patch_size = getattr(self.config, "patch_sizes", [0])[0]
+        return math.prod(patch_size) if isinstance(patch_size, (list, tuple)) else int(patch_size) ** 2
+
+    @property
+    def is_vision(self) -> bool:
+        """Whether the attention belongs to a vision tower: one without a vocabulary, or with one and images."""
+        return not hasattr(self.config, "vocab_size") or any(
+            hasattr(self.config, name) for name in ("patch_size", "image_size")
+        )
+
+    @property
+    def prefix_tokens(self) -> int | None:
+        """Class and register tokens of the sequence; `None` where tokens cannot be inserted."""
+        if not self.is_vision:  # a causal mask of fixed size
+            return None
+        tokens = self.backbone.prefix_tokens
+        return tokens(self.config) if callable(tokens) else tokens
+
+    def project(self, prompts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Turns prompts (B, M, D) into the key and value rows that inserted tokens would have, each (B, H, M, d).
+
+        Args:
+            prompts: visual prompts.
+            dtype: what norm and projections are fed with where the norm has no floating point weight of its own.
+        """
+        backbone, attention, heads = self.backbone, self.attention, self.num_key_value_heads
+        hidden = prompts.to(dtype)
+        for norm in self.norms:
+            weight = getattr(norm, "weight", None)
+            hidden = norm(prompts.to(weight.dtype if weight is not None else dtype))
+        if not self._has_common_projection:
+            key = _project(getattr(attention, backbone.key), hidden)
+            value = _project(getattr(attention, backbone.value), hidden)
+        elif backbone.per_head:
+            parts = _project(getattr(attention, backbone.key), hidden).unflatten(-1, (heads, -1))
+            key, value = parts[..., -self.key_dim - self.value_dim :].split([self.key_dim, self.value_dim], dim=-1)
+        else:
+            parts = _project(getattr(attention, backbone.key), hidden)
+            bias = getattr(attention, backbone.bias) if backbone.bias is not None else None
+            parts = parts if bias is None else parts + bias
+            key, value = parts.tensor_split(backbone.parts, dim=-1)[-2:]
+        bias = getattr(attention, backbone.value_bias) if backbone.value_bias is not None else None
+        value = value if bias is None else value + bias
+        key = self._rows(key, backbone.key_norm)
+        return key.transpose(1, 2), self._rows(value, backbone.value_norm).transpose(1, 2)
+
+    def _rows(self, projected: Tensor, norm: str | None) -> Tensor:
+        """Cuts projected prompts (B, M, H d) into heads (B, M, H, d) and applies the norm, before or after the cut."""
+        heads = self.num_key_value_heads
+        module = None if norm is None else getattr(self.attention, norm)
+        weight = getattr(module, "weight", None)
+        if module is not None and weight is not None and weight.numel() == math.prod(projected.shape[2:]):
+            return module(projected).unflatten(-1, (heads, -1))  # type: ignore[no-any-return]
+        rows = projected if projected.dim() == 4 else projected.unflatten(-1, (heads, -1))
+        return rows if module is None else module(rows)
+
+    def normalise(self, keys: Tensor) -> Tensor:
+        """Gives keys (B, H, P, d) the length that the scores of the attention expect: 1 for a cosine."""
+        return F.normalize(keys, dim=-1) if self.backbone.cosine else keys
+
+
+def _block_of(modules: dict[str, nn.Module], name: str, norm: str | None) -> nn.Module:
+    """The nearest ancestor of the module `name` that has the norm; without a norm, the nearest that has an index."""
+
+    def is_block(path: str) -> bool:
+        return path.rpartition(".")[2].isdigit() if norm is None else hasattr(modules[path], norm)
+
+    while name and not is_block(name):
+        name = name.rpartition(".")[0]
+    return modules[name]
+
+
+def _config_of(modules: dict[str, nn.Module], name: str) -> Any:
+    """The config of an attention, or of the nearest model around it."""
+    if hasattr(modules[name], "config"):
+        return modules[name].config
+    while name and not isinstance(modules[name], PreTrainedModel):
+        name = name.rpartition(".")[0]
+    return getattr(modules[name], "config", None)
+
+
+def _describe(name: str, module: nn.Module) -> Backbone | None:
+    for cls in type(module).__mro__:
+        lines = BACKBONES.get(f"{cls.__module__}.{cls.__name__}", BACKBONES.get(cls.__name__))
+        for line in (lines,) if isinstance(lines, Backbone) else lines or ():
+            if re.search(line.where, name) and getattr(module, line.key, None) is not None:
+                return line
+    return None
+
+
+def find_attention_sites(model: nn.Module) -> list[AttentionSite]:
+    """Lists the self-attentions of `model` that can take prompts: vision towers first, then others, in model order.
+
+    Raises:
+        ValueError: there is none; the message names the attention classes that the model has.
+    """
+    modules = dict(model.named_modules())
+    sites = []
+    for name, module in modules.items():
+        line = _describe(name, module)
+        if line is not None:
+            block = _block_of(modules, name, line.norm)
+            sites.append(AttentionSite(name, module, block, line, _config_of(modules, name)))
+    if not sites:
+        classes = sorted({type(module).__name__ for module in modules.values()})
+        present = [cls for cls in classes if "Attention" in cls or "Attn" in cls]
+        known = [name.rpartition(".")[2] for name in BACKBONES]
+        raise ValueError(
+            f"{type(model).__name__} has no self-attention that E2VPT knows (found "
+            f"{', '.join(present) if present else 'no attention module at all'}). "
+            f"It knows {', '.join(known[:3])} and others; docs/backbones.md lists the models, and a line in "
+            "peft_e2vpt.backbones.BACKBONES adds another."
+        )
+    return sorted(sites, key=lambda site: not site.is_vision)
+
+
+def find_heads(model: nn.Module, sites: list[AttentionSite]) -> list[str]:
+    """Names the head of a task model: its direct children with weights that hold no self-attention of a backbone.
+
+    A model without a task (its class name has no "For", as `ViTModel`) has no head: the list is empty. Neither whole
+    towers (a language model, a Q-Former) nor the output embeddings of a language model are heads.
+    """
+    if isinstance(model, PreTrainedModel) and type(model).__name__ == "TimmWrapperForImageClassification":
+        return ["timm_model." + name for name in _timm_heads(model.timm_model)]
+    if "For" not in type(model).__name__:
+        return []
+    backbones = {site.name.split(".")[0] for site in sites}
+    language_head = getattr(model, "lm_head", None)
+    return [
+        name
+        for name, child in model.named_children()
+        if name not in backbones
+        and child is not language_head
+        and any(True for _ in child.parameters())
+        and not any(isinstance(module, PreTrainedModel) for module in child.modules())
+    ]
+
+
+def _timm_heads(model: Any) -> list[str]:
+    """Names the classifiers of a timm model, by timm's own account."""
+    classifiers = model.default_cfg["classifier"]
+    names = [classifiers] if isinstance(classifiers, str) else list(classifiers)
+    modules = dict(model.named_modules())
+    return [name for name in names if name in modules and any(True for _ in modules[name].parameters())]

@@ -1,0 +1,133 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""Labelled pictures for an adapter, from a folder or the Hub, and how many of them it gets right."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .evaluation import batches, no_trace
+from .hub.labels import are_generic
+from .pruning.search import default_quality
+
+
+class Pictures(NamedTuple):
+    """Batches of two splits of a data set.
+
+    Attributes:
+        training: of the split `train`.
+        validation: of the split `validation`; where there is none, of a share of `train` that `training` lacks.
+    """
+
+    training: DataLoader[Any]
+    validation: DataLoader[Any]
+
+
+def load_pictures(
+    name: str,
+    labels: list[str] | None,
+    processor: Any,
+    *,
+    batch_size: int = 32,
+    max_samples: int | None = None,
+    validation_share: float = 0.2,
+    seed: int = 0,
+) -> Pictures:
+    """Loads labelled pictures as batches of `pixel_values` and `labels`, the labels numbered as an adapter has them.
+
+    Args:
+        name: a folder with a folder of pictures per class, or whatever else `datasets.load_dataset` takes.
+        labels: names of the classes of the adapter; `None`, or names such as `LABEL_0`, take the data's order.
+        processor: an image processor.
+        batch_size: pictures in a batch.
+        max_samples: how many pictures of a split to use, drawn at random; by default all.
+        validation_share: of `train`, where there is no validation set; equal shares of every class.
+        seed: of what is drawn.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        ValueError: there are no such data, they have no pictures with classes, or their classes are others.
+    """
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise ImportError("Pictures are read with datasets: pip install datasets pillow.") from error
+    try:
+        splits = load_dataset(name)
+    except (DatasetsError, OSError) as error:
+        raise ValueError(f"The pictures {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if "train" not in splits:
+        raise ValueError(f"The pictures {name} have no split `train`, only {', '.join(splits)}.")
+    training = name_columns(splits["train"], name)
+    if "validation" in splits:
+        validation = name_columns(splits["validation"], name)
+    else:
+        parts = training.train_test_split(validation_share, stratify_by_column="label", seed=seed)
+        training, validation = parts["train"], parts["test"]
+    numbers = _numbers_of_labels(training.features["label"].names, labels)
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pictures = [example["image"].convert("RGB") for example in examples]
+        return {
+            "pixel_values": processor(images=pictures, return_tensors="pt")["pixel_values"],
+            "labels": torch.tensor([numbers[example["label"]] for example in examples]),
+        }
+
+    def loader(dataset: Any) -> DataLoader[Any]:
+        if max_samples is not None and max_samples < len(dataset):
+            dataset = dataset.shuffle(seed=seed).select(range(max_samples))
+        return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
+
+    return Pictures(loader(training), loader(validation))
+
+
+def accuracy(model: nn.Module, dataloader: DataLoader[Any]) -> float:
+    """The share of samples whose label a model in eval mode gets right; leaves no trace in the model."""
+    device = next(model.parameters()).device
+    right, count = 0.0, 0
+    with no_trace(model, dataloader), torch.no_grad():
+        for batch in batches(dataloader, device, "Evaluating"):
+            right += float(default_quality(model(**batch.inputs), batch.inputs).sum())
+            count += batch.size
+    return right / count
+
+
+def name_columns(dataset: Any, name: str) -> Any:
+    """Names the column of pictures `image` and that of classes `label`, found by their types, and leaves out others.
+
+    Args:
+        dataset: a data set of `datasets`.
+        name: what an error calls it.
+
+    Raises:
+        ValueError: it has no such column.
+    """
+    from datasets import ClassLabel, Image
+
+    found = {}
+    for title, kind in (("image", Image), ("label", ClassLabel)):
+        columns = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
+        if not columns:
+            raise ValueError(
+                f"The data {name} have no {kind.__name__} column, only {', '.join(dataset.features)}: a folder of "
+                "pictures needs one folder per class, FOLDER/CLASS/PICTURE.jpg, and two classes or more."
+            )
+        found[columns[0]] = title
+    return dataset.select_columns(list(found)).rename_columns(found)
+
+
+def _numbers_of_labels(theirs: list[str], labels: list[str] | None) -> list[int]:
+    """The adapter's number of each class of a data set."""
+    if labels is None or (are_generic(labels) and len(labels) == len(theirs)):
+        return list(range(len(theirs)))
+    unknown = [name for name in theirs if name not in labels]
+    if unknown:
+        raise ValueError(
+            f"The pictures have classes that the adapter does not know: {', '.join(unknown[:4])}; its classes are "
+            f"{', '.join(labels[:4])}{', ...' if len(labels) > 4 else ''}."
+        )
+    return [labels.index(name) for name in theirs]

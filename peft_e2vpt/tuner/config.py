@@ -1,0 +1,272 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""What a user chooses: `E2VPTConfig`."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+from peft import PeftConfig
+
+from ..registration import peft_type
+
+
+FORMAT_VERSION = 1  # of adapter_config.json and adapter_model.safetensors; counts up when older readers would go wrong
+
+INITIALISATIONS = ("xavier_uniform", "kaiming_uniform", "trunc_normal")
+CHOICES = {
+    "visual_prompt_mode": ("deep", "shallow"),
+    "kv_prompt_position": ("before", "after"),
+    "visual_prompt_init": INITIALISATIONS,
+    "kv_prompt_init": INITIALISATIONS,
+    "token_gate": ("attention", "embedding"),
+    "gate_scope": ("layer", "model"),
+    "segment_layout": ("contiguous", "strided"),
+    "pruned_prompts": ("remove", "zero"),
+}
+SWITCHES = ("share_kv_prompts", "share_kv_prompts_across_layers", "init_weights")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+class Companion(Protocol):
+    """What is saved beside `adapter_config.json`."""
+
+    def save(self, folder: str) -> None: ...
+
+
+@dataclass
+class E2VPTConfig(PeftConfig):
+    """Configuration of E2VPT, "E2VPT: An Effective and Efficient Approach for Visual Prompt Tuning" (Han et al.,
+    ICCV 2023, arXiv 2307.13770).
+
+    Notation: an attention works on tokens of width D with H key/value heads of size d; M and n are the numbers of
+    visual and of key-value prompts.
+
+    Args:
+        num_visual_prompts (`int`, *optional*, defaults to 10):
+            M, the visual prompts of every adapted layer, a tensor (M, D) each (paper section 3.2). 0 for none.
+        num_kv_prompts (`int`, *optional*, defaults to 5):
+            n, the key-value prompts of every adapted self-attention, a tensor (1 or 2, H, n, d) each (section 3.2,
+            equation 5). 0 for none. At least one of the two counts is positive.
+        visual_prompt_mode (`str`, *optional*, defaults to `"deep"`):
+            `"deep"`: every layer has visual prompts of its own. `"shallow"`: one set enters the token sequence after
+            the class and register tokens of the first layer and leaves it after the last (VPT-Shallow, the
+            baseline); for plain backbones of one width only.
+        share_kv_prompts (`bool`, *optional*, defaults to `True`):
+            Whether the prompts of keys and values are one tensor (section 3.2, "shared").
+        share_kv_prompts_across_layers (`bool`, *optional*, defaults to `False`):
+            Whether all layers use the key-value prompts of the first. Needs equal heads in all layers.
+        kv_prompt_position (`str`, *optional*, defaults to `"before"`):
+            Whether key-value prompts come `"before"` or `"after"` the keys and values. The same function; the
+            columns of `output_attentions` differ.
+        visual_prompt_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout on the visual prompts while training, drawn anew for every sample.
+        visual_prompt_init (`str`, *optional*, defaults to `"xavier_uniform"`):
+            `"xavier_uniform"`: U(-v, v) with v = sqrt(6 / (3 p^2 + D)), p the patch size (as VPT).
+            `"kaiming_uniform"`: U(-v, v) with v = sqrt(6 / D). `"trunc_normal"`: standard deviation 0.02, cut at 2
+            standard deviations.
+        kv_prompt_init (`str`, *optional*, defaults to `"kaiming_uniform"`):
+            The same three names; `"kaiming_uniform"` has v = sqrt(6 / (n d)), `"xavier_uniform"` the v of the
+            visual prompts.
+        seed (`int`, *optional*):
+            Seed of the initial prompts. `None` draws from torch's global generator.
+        num_segments (`int`, *optional*, defaults to 8):
+            R, the parts of a visual prompt that segment-wise pruning keeps or removes (section 3.3, equation 8).
+            Every adapted width D must be divisible by R.
+        segment_layout (`str`, *optional*, defaults to `"contiguous"`):
+            `"contiguous"`: segment r is dimensions r D/R to (r + 1) D/R (paper). `"strided"`: dimension j belongs to
+            segment j mod R (released code).
+        token_gate (`str`, *optional*):
+            What the gate of a visual prompt multiplies when importance is measured. `"attention"`: the prompt's
+            attention weight, so that 0 is exactly removal. `"embedding"`: the prompt before the layer's norm (the
+            paper's letter, equation 6). Defaults to `"attention"`, in shallow mode to `"embedding"`, the only one
+            possible there.
+        gate_scope (`str`, *optional*, defaults to `"layer"`):
+            Whether prompts are ranked in each `"layer"` (paper) or one set of gates serves the whole `"model"`
+            (released code).
+        pruned_prompts (`str`, *optional*, defaults to `"remove"`):
+            `"remove"`: a pruned prompt takes no part in the attention. `"zero"`: it stays as a zero vector that
+            goes through the norm (released code).
+        target_modules (`list[str]` or `str`, *optional*):
+            Names of the self-attention modules to adapt: names or ends of names, or one regular expression that has
+            to match the whole name. `None` finds them.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Self-attentions to leave out, given in the same way.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Which of the found self-attentions to adapt, counted from 0 in the order of the layers.
+        modules_to_save (`list[str]`, *optional*):
+            Modules that are trained in full and saved with the adapter. `None` finds the head of the model; `[]`
+            trains none.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            Whether prompts start from the initialisations above; `False` leaves them at zero.
+        labels (`list[str]`, *optional*):
+            Names of the classes in the order of the logits. Written when the adapter is saved, from the `id2label` of
+            its model; `peft_e2vpt.load` builds the head from it.
+        format_version (`int`, *optional*, defaults to 1):
+            Version of the files of a saved adapter. Files of a newer version than this package knows are refused.
+
+    Raises:
+        ValueError: a choice is impossible; the message names the field, the value found and what to pass.
+    """
+
+    num_visual_prompts: int = field(default=10, metadata={"help": "Visual prompts of every adapted layer (M)."})
+    num_kv_prompts: int = field(default=5, metadata={"help": "Key-value prompts of every self-attention (n)."})
+    visual_prompt_mode: str = field(default="deep", metadata={"help": "'deep' or 'shallow' (VPT-Shallow)."})
+    share_kv_prompts: bool = field(default=True, metadata={"help": "One tensor for keys and values."})
+    share_kv_prompts_across_layers: bool = field(
+        default=False, metadata={"help": "All layers use the key-value prompts of the first."}
+    )
+    kv_prompt_position: str = field(default="before", metadata={"help": "'before' or 'after' keys and values."})
+    visual_prompt_dropout: float = field(default=0.1, metadata={"help": "Per-sample dropout of visual prompts."})
+    visual_prompt_init: str = field(
+        default="xavier_uniform", metadata={"help": f"Initial visual prompts: one of {INITIALISATIONS}."}
+    )
+    kv_prompt_init: str = field(
+        default="kaiming_uniform", metadata={"help": f"Initial key-value prompts: one of {INITIALISATIONS}."}
+    )
+    seed: int | None = field(default=None, metadata={"help": "Seed of the initial prompts."})
+    num_segments: int = field(default=8, metadata={"help": "Segments of every visual prompt (R)."})
+    segment_layout: str = field(default="contiguous", metadata={"help": "'contiguous' (paper) or 'strided'."})
+    token_gate: str | None = field(
+        default=None, metadata={"help": "What a prompt's gate multiplies: 'attention' weight or 'embedding'."}
+    )
+    gate_scope: str = field(default="layer", metadata={"help": "Gates per 'layer' or one set for the 'model'."})
+    pruned_prompts: str = field(default="remove", metadata={"help": "'remove' pruned prompts or set them to 'zero'."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Self-attentions to adapt; None finds them."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Self-attentions to leave as they are."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the self-attentions to adapt."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved; None finds the head."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Whether to draw the initial prompts."})
+    labels: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes; written when the adapter is saved."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved files."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        self.card: Companion | None = None  # no field, so not in adapter_config.json
+        self._check_format()
+        self._check_counts()
+        if self.token_gate is None:
+            self.token_gate = "embedding" if self.visual_prompt_mode == "shallow" else "attention"
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        dropout: Any = self.visual_prompt_dropout
+        if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+            raise ValueError(f"visual_prompt_dropout must be a number in [0, 1), got {dropout!r}.")
+        self._check_names()
+        if self.visual_prompt_mode == "shallow":
+            self._check_shallow()
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Drops, with a warning, what `adapter_config.json` says and this version does not know.
+
+        Raises:
+            ValueError: the file is of a newer format, so that leaving something out would go wrong.
+        """
+        unknown = kwargs.keys() - {known.name for known in fields(cls)}
+        if kwargs.get("format_version", FORMAT_VERSION) == FORMAT_VERSION and unknown:
+            warnings.warn(
+                f"adapter_config.json has settings that this version of peft_e2vpt does not know and leaves out: "
+                f"{', '.join(sorted(unknown))}. If they matter to you: pip install -U peft_e2vpt.",
+                stacklevel=2,
+            )
+        return {name: value for name, value in kwargs.items() if name not in unknown}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json`, and the model card where the adapter is saved with it.
+
+        Args:
+            save_directory: a folder, made where there is none.
+            kwargs: what PEFT adds.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if self.card is not None:
+            self.card.save(save_directory)
+
+    def _check_format(self) -> None:
+        if not _is_whole(self.format_version, 1):
+            raise ValueError(f"format_version must be a whole number of at least 1, got {self.format_version!r}.")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"The adapter has format_version={self.format_version}, and this version of peft_e2vpt reads up to "
+                f"{FORMAT_VERSION}: pip install -U peft_e2vpt."
+            )
+        labels: Any = self.labels
+        if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
+            raise ValueError(f"labels must be None or a list of names, got {labels!r}.")
+
+    def _check_counts(self) -> None:
+        for name, least in (("num_visual_prompts", 0), ("num_kv_prompts", 0), ("num_segments", 1)):
+            if not _is_whole(getattr(self, name), least):
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {getattr(self, name)!r}.")
+        if self.num_visual_prompts == 0 and self.num_kv_prompts == 0:
+            raise ValueError(
+                "num_visual_prompts and num_kv_prompts are both 0, so there is nothing to tune; set one of them."
+            )
+        if self.seed is not None and not _is_whole(self.seed, 0):
+            raise ValueError(f"seed must be None or a whole number of at least 0, got {self.seed!r}.")
+
+    def _check_names(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple)):
+                value = sorted(value)
+                setattr(self, name, value)
+            if name == "modules_to_save" and isinstance(value, str):
+                raise ValueError(
+                    f"modules_to_save must be a list of names, got the string {value!r}: pass [{value!r}]."
+                )
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"{name}={value!r} is not a regular expression: {error}.") from error
+            elif value is not None and not (isinstance(value, list) and all(isinstance(n, str) for n in value)):
+                raise ValueError(f"{name} must be None or a list of names, got {value!r}.")
+        if self.target_modules == "all-linear":
+            raise ValueError(
+                "target_modules='all-linear' names linear layers, but E2VPT adapts whole self-attentions: leave "
+                "target_modules at None to find them, or name the attention modules."
+            )
+        layers: Any = self.layers_to_transform
+        if layers is not None:
+            layers = [layers] if isinstance(layers, int) else list(layers)
+            if not layers or not all(_is_whole(layer, 0) for layer in layers):
+                raise ValueError(
+                    f"layers_to_transform must hold layer numbers from 0 on, got {layers}; None adapts all layers."
+                )
+            self.layers_to_transform = layers
+
+    def _check_shallow(self) -> None:
+        if self.num_visual_prompts == 0:
+            raise ValueError("visual_prompt_mode='shallow' needs num_visual_prompts of at least 1, got 0.")
+        if self.token_gate == "attention":
+            raise ValueError(
+                "token_gate='attention' is not possible with visual_prompt_mode='shallow', where prompts are tokens "
+                "of the sequence in every layer: pass token_gate='embedding' or leave it at None."
+            )
+        if self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform} is not possible with visual_prompt_mode='shallow', "
+                "whose prompts enter before the first layer and leave after the last: leave it at None."
+            )

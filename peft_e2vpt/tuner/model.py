@@ -1,0 +1,324 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""`E2VPTModel`: finds the self-attentions of a model and gives each its prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..backbones.sites import find_attention_sites, find_heads
+from ..hub.card import tag, untag
+from ..hub.labels import describe, warn_of_other_labels
+from .config import E2VPTConfig
+from .layer import E2VPTLayer
+from .mixed_batch import BASE, one_adapter_per_sample
+from .prompt_layers import CONTAINER, PromptLayers
+from .shallow import ShallowInsertion
+from .state_dict import fit_to_model, without_pruned_values
+from .summary import PromptSummary, summarise
+from .targets import check_modules_to_save, check_sites, find_targets, matches
+from .weighted import combine, combined_config
+
+
+def _cast_to_weight(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Feeds a float32 head on a half-precision backbone with float32."""
+    dtype = next(head.parameters()).dtype
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+class E2VPTModel(BaseTuner):
+    """The E2VPT tuner; `get_peft_model(model, E2VPTConfig())` makes one.
+
+    Prompts and gates live in a child `e2vpt` of the base model, numbered by attention, so that the names in a saved
+    adapter do not depend on the module paths of the model. Attention modules keep their class and path.
+
+    Raises:
+        ValueError: the model has no self-attention that can take prompts, a name given in the config is not in the
+            model, a width is not divisible by the number of segments, or the mode is impossible for the backbone.
+    """
+
+    prefix = "e2vpt_"
+    tuner_layer_cls = E2VPTLayer
+    target_module_mapping: dict[str, list[str]] = {}
+    model: Any  # the adapted model
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "The model is a PeftModel already. Add an adapter to it with model.add_adapter(name, config), or "
+                "pass the plain model: model.unload()."
+            )
+        super().__init__(model, *args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------- finding and creating
+    def _pre_injection_hook(self, model: nn.Module, config: E2VPTConfig, adapter_name: str) -> None:
+        """Takes out an adapter of this name that an earlier PeftModel has left in the model."""
+        self._remove_insertion(adapter_name)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, E2VPTLayer):
+                module.delete_adapter(adapter_name)
+            elif isinstance(module, ModulesToSaveWrapper) and list(module.modules_to_save) == [adapter_name]:
+                model.set_submodule(name, module.original_module)
+
+    def _prepare_adapter_config(self, peft_config: E2VPTConfig, model_config: dict[str, Any]) -> E2VPTConfig:
+        # numbers of attentions and paths of modules as they are before anything is changed
+        sites = {site.name: site for site in find_attention_sites(self.model)}
+        self._sites = {name: (index, site) for index, (name, site) in enumerate(sites.items())}
+        self._targets = find_targets(self.model, peft_config, sites)
+        check_sites(self.model, peft_config, [sites[name] for name in self._targets])
+        heads = peft_config.modules_to_save
+        if heads is not None and peft_config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+            # PEFT has added the names that heads of text models have
+            text_heads = {name for name in ("classifier", "score") if not hasattr(self.model, name)}
+            heads = [name for name in heads if name not in text_heads] or None
+        if heads is None:
+            heads = find_heads(self.model, list(sites.values()))
+            heads = [name for name in heads if name != CONTAINER]
+        check_modules_to_save(self.model, heads, self._targets)
+        peft_config.modules_to_save = heads
+        warn_of_other_labels(self.model, peft_config)
+        tag(self.model)
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: E2VPTConfig, key: str) -> Any:
+        excluded = peft_config.exclude_modules
+        if key in self._sites and excluded is not None and matches(key, excluded):
+            return _ExcludedModule()  # else PEFT would warn that nothing was excluded
+        return key in self._targets
+
+    def _create_and_replace(
+        self,
+        peft_config: E2VPTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        # modules come in the order of the model, targets vision first: the first of them may be yet to come
+        layer, first = self._layer_of(current_key), self._layer_of(self._targets[0])
+        shallow = peft_config.visual_prompt_mode == "shallow"
+        kv_source = first if peft_config.share_kv_prompts_across_layers and layer is not first else None
+        layer.update_layer(adapter_name, peft_config, not shallow or layer is first, kv_source)
+        if shallow and layer is first:
+            last = self._sites[self._targets[-1]][0]
+            blocks = [site.block for index, site in self._sites.values() if layer.index <= index <= last]
+            insertions = getattr(self.model, CONTAINER).insertions
+            insertions[adapter_name] = ShallowInsertion(adapter_name, layer, blocks)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+
+    def _layer_of(self, name: str) -> E2VPTLayer:
+        """The prompt layer of the self-attention called `name`, made on first demand."""
+        index, site = self._sites[name]
+        if not hasattr(self.model, CONTAINER):
+            blocks = [site.block for _, site in self._sites.values()]
+            self.model.add_module(CONTAINER, PromptLayers(self.model, blocks))
+        layers: PromptLayers = getattr(self.model, CONTAINER)
+        if str(index) not in layers:
+            layers[str(index)] = E2VPTLayer(site, index)
+        layer = layers[str(index)]
+        assert isinstance(layer, E2VPTLayer)
+        return layer
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                head = module.modules_to_save[adapter_name]
+                dtypes = {parameter.dtype for parameter in head.parameters()}
+                if autocast_adapter_dtype and dtypes & {torch.float16, torch.bfloat16}:
+                    head.float()
+                if dtypes and _cast_to_weight not in head._forward_pre_hooks.values():
+                    head.register_forward_pre_hook(_cast_to_weight)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if not isinstance(adapter_names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+        unknown = set(adapter_names) - self.peft_config.keys() - {BASE}
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; the model has "
+                f"{', '.join(self.peft_config)}, and {BASE} stands for none."
+            )
+        self._refuse_shallow(set(adapter_names) - {BASE}, "be one of several in a batch")
+        with one_adapter_per_sample(self.model, list(adapter_names)):
+            yield
+
+    def _refuse_shallow(self, adapter_names: Iterable[str], purpose: str) -> None:
+        for name in adapter_names:
+            if self.peft_config[name].visual_prompt_mode == "shallow":
+                raise ValueError(
+                    f"The adapter {name!r} has visual_prompt_mode='shallow': its prompts are tokens of the sequence, "
+                    f"not rows of each attention, so it cannot {purpose}. Only adapters in 'deep' mode can."
+                )
+
+    # ------------------------------------------------------------------------------------------------------- counting
+    def prompt_summary(self, adapter_name: str | None = None) -> PromptSummary:
+        """Counts what is alive in an adapter, by default the active one.
+
+        Raises:
+            ValueError: the adapter does not exist.
+        """
+        adapter_name = adapter_name or self.active_adapters[0]
+        self._check_names([adapter_name])
+        return summarise(self.model, adapter_name)
+
+    def print_prompt_summary(self, adapter_name: str | None = None) -> None:
+        """Prints, per layer, the prompts and segments alive and their values, and the tuned percentage."""
+        print(self.prompt_summary(adapter_name))
+
+    # ------------------------------------------------------------------------------------- merging and combining rows
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Turns the rows of adapters into constants: in eval mode no norm and no projection runs for prompts.
+
+        The model gives the same outputs as before and stays a PeftModel; which adapter is active does not change.
+        Constants follow changes of the prompts, their gates, and the norms and projections they come through (see
+        `E2VPTLayer.merge`). No gradient reaches the prompts in eval mode. Constants are not saved. `unmerge_adapter`
+        undoes it, and so does, with PEFT's warning, adding or activating an adapter.
+
+        Args:
+            adapter_names: adapters in deep mode; by default the active ones.
+            safe_merge: whether to check the rows for infinite values and NaNs.
+
+        Raises:
+            ValueError: an adapter does not exist, is in shallow mode, or has rows that are not finite.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if not isinstance(names, str):  # PEFT says what is wrong with a string
+            self._check_names(names)
+            self._refuse_shallow(names, "be merged")
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_names(self, adapter_names: list[str]) -> None:
+        for name in adapter_names:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} does not exist; the model has {', '.join(self.peft_config)}.")
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Adds an adapter whose rows are weighted sums of the rows of others.
+
+        In every attention, row k of the new adapter is `K_k = sum_i w_i K_k^(i)`, `V_k = sum_i w_i V_k^(i)`, with the
+        key and value rows of adapter i, those of its visual prompts first and its key-value prompts after them. The
+        sum is exact in the rows; prompts themselves cannot be summed, because a norm stands between them and their
+        rows. So the new adapter has key-value prompts only, apart for keys and values. Its heads are the same sums of
+        the heads, `W = sum_i w_i W^(i)`. Row is added to row by its number, so this is for adapters that started from
+        the same prompts. The new adapter is not made the active one.
+
+        Args:
+            adapters: names of adapters in deep mode.
+            weights: w, one per adapter, of any sign.
+            adapter_name: name of the new adapter.
+
+        Raises:
+            ValueError: a name or number of weights is wrong, an adapter is in shallow mode, or the adapters differ in
+                the attentions they adapt, their numbers of rows, or their heads.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"add_weighted_adapter needs one weight per adapter, got {len(adapters)} adapters and {len(weights)} "
+                "weights."
+            )
+        self._check_names(adapters)
+        self._refuse_shallow(adapters, "be combined with others")
+        config = combined_config(self.model, [self.peft_config[name] for name in adapters], adapters)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        self._cast_adapter_dtype(adapter_name)
+        combine(self.model, adapters, weights, adapter_name)
+
+    # ------------------------------------------------------------------------------------------------ giving back
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise NotImplementedError(
+                "E2VPT adds key and value rows to every attention, which no plain weights can express, so it cannot "
+                "be merged into them. model.merge_adapter() turns the rows into constants and keeps the PeftModel; "
+                "model.unload() gives the base model without the adapter."
+            )
+        self._restore_base_model()
+        model: nn.Module = self.model
+        return model
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter; with the last one, the base model is what it was before."""
+        super().delete_adapter(adapter_name)
+        self._remove_insertion(adapter_name)
+        if not self.peft_config:
+            self._restore_base_model()
+
+    def _remove_insertion(self, adapter_name: str) -> None:
+        container = getattr(self.model, CONTAINER, None)
+        if container is not None and adapter_name in container.insertions:
+            container.insertions.pop(adapter_name).detach()
+
+    def _restore_base_model(self) -> None:
+        container = getattr(self.model, CONTAINER, None)
+        if container is None:  # the last adapter has been deleted before
+            return
+        container.detach()
+        if getattr(self.model, "_require_grads_hooks", None):
+            self.model.disable_input_require_grads()
+        delattr(self.model, CONTAINER)
+        untag(self.model)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                self.model.set_submodule(name, module.original_module)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad = container.base_requires_grad[name]
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+
+    # ------------------------------------------------------------------------------------------------------- on disk
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: E2VPTConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors; of pruned visual prompts only the surviving values, a tensor (values,).
+
+        PEFT asks for them right before it saves `config`, which so learns what else is to be written.
+        """
+        describe(model, config, adapter_name)
+        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        # not what another method has put into the model under the same name
+        tensors = {key: tensor for key, tensor in tensors.items() if ".e2vpt_" in key or ".modules_to_save." in key}
+        return without_pruned_values(model, tensors, adapter_name)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if ".e2vpt_" in key:
+            return key.removesuffix(f".{adapter_name}")
+        return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: E2VPTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors of a file as the model takes them."""
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return fit_to_model(model, remapped, config, adapter_name)

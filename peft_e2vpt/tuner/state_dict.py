@@ -1,0 +1,101 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""The tensors of an adapter as they are on disk: pruned values left out, and everything checked on the way back."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor, nn
+
+from .config import E2VPTConfig
+from .layer import alive_values
+from .prompt_layers import prompt_layers
+
+
+def without_pruned_values(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """Turns every pruned tensor of visual prompts (M, D) into its surviving values, a tensor (values,)."""
+    layers = {str(layer.index): layer for layer in prompt_layers(model)}
+    for key, tensor in tensors.items():
+        if f".e2vpt_visual_prompts.{adapter_name}" in key:
+            alive = layers[key.split(".")[-3]].alive(adapter_name)
+            if not alive.all():
+                tensors[key] = tensor[alive.to(tensor.device)]
+    return tensors
+
+
+def fit_to_model(
+    model: nn.Module, tensors: dict[str, Tensor], config: E2VPTConfig, adapter_name: str
+) -> dict[str, Tensor]:
+    """Checks the tensors of a file against the model and spreads pruned visual prompts to full shape.
+
+    Args:
+        model: the adapted model.
+        tensors: those of the file, by their names in the model.
+        config: configuration of the adapter.
+        adapter_name: its name in the model.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; the message names it.
+    """
+    values = model.state_dict()
+    for name, tensor in tensors.items():
+        if f".modules_to_save.{adapter_name}." in name and name in values and tensor.shape != values[name].shape:
+            other_classes = tensor.shape[1:] == values[name].shape[1:]
+            raise ValueError(
+                f"The adapter's tensor {name.replace(f'.modules_to_save.{adapter_name}', '')} has shape "
+                f"{tuple(tensor.shape)}, but the model needs {tuple(values[name].shape)}: load "
+                + (
+                    f"the base model with the number of classes of the adapter, num_labels={len(tensor)}."
+                    if other_classes
+                    else "it on the backbone it was trained on."
+                )
+            )
+    live = {name: tensor for name, tensor in values.items() if ".e2vpt_" in name and name.endswith(f".{adapter_name}")}
+    given = {name: tensor for name, tensor in tensors.items() if ".e2vpt_" in name}
+    missing, unknown = sorted(live.keys() - given.keys()), sorted(given.keys() - live.keys())
+    if missing or unknown:
+        _refuse_names(missing, unknown, adapter_name)
+    for name, tensor in given.items():
+        if name.endswith(f".e2vpt_visual_prompts.{adapter_name}") and tensor.dim() == 1:
+            tensors[name] = _spread(name, tensor, live[name], given, config, adapter_name)
+        elif tensor.shape != live[name].shape:
+            raise ValueError(
+                f"The adapter's tensor {name} has shape {tuple(tensor.shape)}, but the model needs "
+                f"{tuple(live[name].shape)}: was it trained on another backbone or with another E2VPTConfig?"
+            )
+    return tensors
+
+
+def _refuse_names(missing: list[str], unknown: list[str], adapter_name: str) -> None:
+    suffix = f".{adapter_name}"
+    lines = [f"missing {name.removesuffix(suffix)}" for name in missing]
+    for name in unknown:
+        close = get_close_matches(name, [m.removesuffix(suffix) for m in missing], n=1)
+        lines.append(f"unknown {name.removesuffix(suffix)}" + (f" (misspelt {close[0]}?)" if close else ""))
+    shown = "; ".join(lines[:6]) + ("; ..." if len(lines) > 6 else "")
+    raise ValueError(
+        f"The adapter's file does not fit the model: {shown}. Load it on the backbone it was trained on, and with "
+        "the adapter_config.json that was saved beside it."
+    )
+
+
+def _spread(
+    name: str,
+    values: Tensor,
+    live: Tensor,
+    given: dict[str, Tensor],
+    config: E2VPTConfig,
+    adapter_name: str,
+) -> Tensor:
+    token = given[name.replace("visual_prompts", "token_gates")]
+    segment = given[name.replace("visual_prompts", "segment_gates")]
+    alive = alive_values(token, segment, live.shape[-1], config.segment_layout)
+    if alive.shape != live.shape or int(alive.sum()) != values.numel():
+        raise ValueError(
+            f"The adapter's tensor {name} holds {values.numel()} values, but its gates keep {int(alive.sum())}: "
+            "the file is damaged."
+        )
+    prompts = torch.zeros(live.shape, dtype=values.dtype, device=values.device)
+    prompts[alive.to(values.device)] = values
+    return prompts

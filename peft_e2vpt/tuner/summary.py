@@ -1,0 +1,108 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""What is alive in an adapter, layer by layer, and how much of the model is tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from ..distributed import numel
+from .prompt_layers import PromptLayers, prompt_layers
+
+
+@dataclass(frozen=True)
+class PromptCount:
+    """What is alive in one adapted self-attention.
+
+    Attributes:
+        index: number of the self-attention.
+        name: path of the self-attention.
+        num_visual_prompts: visual prompts alive.
+        num_segments: segments alive in them.
+        num_kv_prompts: key-value prompts.
+        num_values: trained values that take part.
+        socket: how its rows reach it: `"interface"` where it asks transformers for its attention, `"interception"`
+            where it computes one by itself.
+    """
+
+    index: int
+    name: str
+    num_visual_prompts: int
+    num_segments: int
+    num_kv_prompts: int
+    num_values: int
+    socket: str
+
+
+@dataclass(frozen=True)
+class PromptSummary:
+    """Prompts and trained values of one adapter, counted as in the paper: with the head, without pruned values.
+
+    Attributes:
+        layers: one `PromptCount` per adapted self-attention.
+        num_prompt_values: trained prompt values that take part.
+        num_head_values: trained values of the head (`modules_to_save`).
+        num_backbone_values: values of the model without the adapter's, the head left out.
+    """
+
+    layers: list[PromptCount]
+    num_prompt_values: int
+    num_head_values: int
+    num_backbone_values: int
+
+    @property
+    def num_tuned_values(self) -> int:
+        """Prompt values and head values."""
+        return self.num_prompt_values + self.num_head_values
+
+    @property
+    def tuned_percentage(self) -> float:
+        """Tuned values as a percentage of all values of the model, prompts and head included."""
+        return 100.0 * self.num_tuned_values / (self.num_tuned_values + self.num_backbone_values)
+
+    def __str__(self) -> str:
+        counts = f"{'layer':>5}  {'prompts':>7}  {'segments':>8}  {'kv prompts':>10}  {'values':>9}"
+        lines = [f"{counts}  {'socket':<12}  attention"]
+        lines += [
+            f"{layer.index:>5}  {layer.num_visual_prompts:>7}  {layer.num_segments:>8}  {layer.num_kv_prompts:>10}  "
+            f"{layer.num_values:>9,}  {layer.socket:<12}  {layer.name}"
+            for layer in self.layers
+        ]
+        lines.append(
+            f"prompts {self.num_prompt_values:,} + head {self.num_head_values:,} = {self.num_tuned_values:,} tuned "
+            f"values, {self.tuned_percentage:.3f} % of the model"
+        )
+        return "\n".join(lines)
+
+
+def summarise(model: nn.Module, adapter_name: str) -> PromptSummary:
+    """Counts what is alive in an adapter of a model."""
+    layers: list[PromptCount] = []
+    seen: set[int] = set()
+    for layer in prompt_layers(model):
+        config = layer.e2vpt_config.get(adapter_name)
+        if config is None:
+            continue
+        tokens = segments = values = 0
+        if adapter_name in layer.e2vpt_visual_prompts:
+            gates = layer.e2vpt_token_gates[adapter_name]
+            tokens = int((gates != 0).sum())
+            segments = int(((layer.e2vpt_segment_gates[adapter_name] * gates[:, None]) != 0).sum())
+            values = int(layer.alive(adapter_name).sum())
+        if adapter_name in layer.e2vpt_kv_prompts:
+            values += numel(layer.e2vpt_kv_prompts[adapter_name])
+        layers.append(
+            PromptCount(layer.index, layer.site.name, tokens, segments, config.num_kv_prompts, values, layer.socket)
+        )
+    num_head = 0
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            seen.update(id(parameter) for parameter in module.parameters())
+            if adapter_name in module.modules_to_save:
+                num_head += sum(map(numel, module.modules_to_save[adapter_name].parameters()))
+        elif isinstance(module, PromptLayers):
+            seen.update(id(parameter) for parameter in module.parameters())
+    num_backbone = sum(numel(parameter) for parameter in model.parameters() if id(parameter) not in seen)
+    return PromptSummary(layers, sum(layer.num_values for layer in layers), num_head, num_backbone)

@@ -1,0 +1,139 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""Which self-attentions a config adapts and which modules it trains in full, checked before anything is changed."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from ..backbones.sites import AttentionSite
+from .config import E2VPTConfig
+from .prompt_layers import CONTAINER
+
+
+def matches(name: str, patterns: list[str] | str) -> bool:
+    """Whether a module path matches a regular expression as a whole, or equals or ends with one of several names."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def _lies_in(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def find_targets(model: nn.Module, config: E2VPTConfig, sites: dict[str, AttentionSite]) -> list[str]:
+    """Names of the self-attentions that `config` adapts, in the order of their numbers.
+
+    Args:
+        model: the model to adapt.
+        config: what the user chose.
+        sites: the self-attentions of the model by name.
+
+    Raises:
+        ValueError: a choice of modules or layers matches none of them, or excludes none or all.
+    """
+    if config.target_modules is None:
+        vision = [name for name, site in sites.items() if site.is_vision]
+        targets = vision or list(sites)
+    else:
+        targets = [name for name in sites if matches(name, config.target_modules)]
+        if not targets:
+            raise ValueError(
+                f"target_modules={config.target_modules!r} matches none of the {len(sites)} "
+                f"self-attentions of {type(model).__name__}, which are called {next(iter(sites))!r} "
+                f"to {list(sites)[-1]!r}. Leave it at None to adapt them all."
+            )
+    if config.exclude_modules is not None:
+        kept = [name for name in targets if not matches(name, config.exclude_modules)]
+        if kept == targets or not kept:
+            what = "none" if kept else "all"
+            raise ValueError(
+                f"exclude_modules={config.exclude_modules!r} leaves out {what} of the {len(targets)} "
+                f"self-attentions, which are called {targets[0]!r} to {targets[-1]!r}."
+            )
+        targets = kept
+    if config.layers_to_transform is not None:
+        assert isinstance(config.layers_to_transform, list)
+        beyond = [layer for layer in config.layers_to_transform if layer >= len(targets)]
+        if beyond:
+            raise ValueError(
+                f"layers_to_transform names {beyond}, but the model has {len(targets)} self-attentions to adapt, "
+                f"numbered 0 to {len(targets) - 1}."
+            )
+        targets = [targets[layer] for layer in sorted(set(config.layers_to_transform))]
+    return targets
+
+
+def check_sites(model: nn.Module, config: E2VPTConfig, sites: list[AttentionSite]) -> None:
+    """Checks that the targeted self-attentions can have the prompts of `config`.
+
+    Raises:
+        ValueError: a width is not divisible by the number of segments, heads to share differ, or tokens cannot be
+            inserted for shallow prompts.
+    """
+    first = sites[0]
+    for site in sites:
+        width, segments = site.width, config.num_segments
+        if config.num_visual_prompts and width % segments:
+            raise ValueError(
+                f"The width {width} of {site.name} is not divisible by num_segments={segments}: pass one of "
+                f"num_segments={', '.join(str(r) for r in range(1, 65) if width % r == 0)}."
+            )
+        heads, heads_of_first = site.num_key_value_heads, first.num_key_value_heads
+        if config.share_kv_prompts_across_layers and (heads, site.head_dim) != (heads_of_first, first.head_dim):
+            raise ValueError(
+                f"share_kv_prompts_across_layers needs equal heads in all layers, but {first.name} has "
+                f"{heads_of_first} heads of size {first.head_dim} and {site.name} has {heads} of size "
+                f"{site.head_dim}: leave it False for this backbone."
+            )
+    if config.visual_prompt_mode == "shallow":
+        _check_shallow(type(model).__name__, sites)
+
+
+def _check_shallow(model: str, sites: list[AttentionSite]) -> None:
+    if "Backbone" in model:
+        raise ValueError(f"visual_prompt_mode='shallow' is not offered for {model}, which reads inner layers.")
+    for site in sites:
+        if site.prefix_tokens is None or site.width != sites[0].width:
+            raise ValueError(
+                f"visual_prompt_mode='shallow' puts tokens into the sequence, which {model} does not allow "
+                f"({type(site.attention).__name__} works on windows, a position bias or a padding mask): pass "
+                "visual_prompt_mode='deep'."
+            )
+
+
+def check_modules_to_save(model: nn.Module, names: list[str], targets: list[str]) -> None:
+    """Checks that every name is that of a module without adapted self-attention.
+
+    Raises:
+        ValueError: a name is unknown, that of a single parameter, that of a module with an adapted attention, or that
+            of a quantised module.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for name in names:
+        adapted = [t for t in targets for module in modules if _lies_in(t, module) and module.endswith(name)]
+        if adapted:
+            raise ValueError(
+                f"modules_to_save names {name!r}, which holds the adapted self-attention {adapted[0]}: a module "
+                "is either trained in full or adapted. Leave the attention out with exclude_modules."
+            )
+        found = [module for path, module in model.named_modules() if matches(path, [name])]
+        if any(not parameter.is_floating_point() for module in found for parameter in module.parameters()):
+            raise ValueError(
+                f"The weights of {name!r} are quantised, so it cannot be trained in full. Leave it out when the model "
+                f"is loaded: BitsAndBytesConfig(..., llm_int8_skip_modules=[{name!r}])."
+            )
+        if found:
+            continue
+        if any(matches(parameter, [name]) for parameter in parameters):
+            raise ValueError(
+                f"modules_to_save names {name!r}, a single parameter of {type(model).__name__}; only whole "
+                "modules can be saved: name the module that holds it."
+            )
+        children = ", ".join(child for child, _ in model.named_children() if child != CONTAINER)
+        raise ValueError(
+            f"modules_to_save names {name!r}, which {type(model).__name__} does not have. Its parts are {children}."
+        )
