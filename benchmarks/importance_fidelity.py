@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 import peft_e2vpt
-from peft_e2vpt.tuner.layer import GateOverride
+from peft_e2vpt.tuner.gates import GateOverride
 from peft_e2vpt.tuner.prompt_layers import visual_prompt_layers
 
 

@@ -267,7 +267,8 @@ def load_base_model(model_name: str, labels: list[str]) -> PreTrainedModel:
 
 def find_head_names(base_model: PreTrainedModel) -> list[str]:
     """Names the modules of the classification head, found as E2VPT finds them."""
-    from peft_e2vpt.backbones.sites import find_attention_sites, find_heads
+    from peft_e2vpt.backbones.heads import find_heads
+    from peft_e2vpt.backbones.sites import find_attention_sites
 
     return find_heads(base_model, find_attention_sites(base_model))
 

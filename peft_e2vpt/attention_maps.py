@@ -17,11 +17,11 @@ import torch
 from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 
-from .attention.interface import config_of, eager_attention_of
+from .attention.interface import config_of, eager_attention_of, running_as
 from .backbones.sites import AttentionSite, find_attention_sites
-from .evaluation import no_trace, running_as
+from .evaluation import no_trace
 from .tuner.layer import E2VPTLayer
-from .tuner.prompt_layers import PromptLayers, prompt_layers
+from .tuner.prompt_layers import PromptLayers, attention_configs, prompt_layers
 
 
 KINDS = ("visual prompts", "key-value prompts", "image tokens")
@@ -171,7 +171,7 @@ def _visit(
     adapted = {layer.site.attention: layer for layer in layers}
     with ExitStack() as stack:
         stack.enter_context(no_trace(model, ()))
-        stack.enter_context(running_as("eager", layers, lambda name: name != "eager"))
+        stack.enter_context(running_as("eager", attention_configs(layers), lambda name: name != "eager"))
         for index, site in _sites_of_towers(model, layers):
             hook = partial(_show, index, site, adapted.get(site.attention), container, prefix, visit)
             stack.callback(site.attention.register_forward_hook(hook).remove)

@@ -188,7 +188,8 @@ def prune(
         if not 0.0 < max_tuned_percentage < 100.0:
             raise typer.BadParameter(f"--max-tuned-percentage lies between 0 and 100, got {max_tuned_percentage}.")
     with _command():
-        from .hub.card import AdapterFacts, write_card
+        from .hub.card import write_card
+        from .hub.companion import facts_of
         from .hub.loading import load
         from .images import accuracy, load_pictures
         from .pruning.importance import score_prompts
@@ -226,8 +227,7 @@ def prune(
         report.save(output)
         saved = load(output, base_model=base)
         accuracy_after = accuracy(saved, pictures.validation)  # of what has been written
-        assert isinstance(config.card, AdapterFacts)  # known since the adapter was saved
-        write_card(output, config.card, metrics={"accuracy": accuracy_after})
+        write_card(output, facts_of(model, config, "default"), metrics={"accuracy": accuracy_after})
         if search is not None:
             print(f"{search}\n")
         _show_change(before, after, accuracy_before, accuracy_after, len(pictures.validation.dataset))  # type: ignore[arg-type]
@@ -369,20 +369,17 @@ def _write_card(adapter: str, revision: str | None, subfolder: str | None, base:
         BY_A_TRAINER,
         CARD_NAME,
         PROCESSOR_NAMES,
-        AdapterFacts,
         Location,
         is_replaceable,
         stated_results,
         write_card,
     )
-    from .hub.labels import describe
+    from .hub.companion import facts_of
     from .hub.loading import adapter_file, load_in_outline
     from .pruning.report import REPORT_NAME
 
     model = load_in_outline(adapter, revision=revision, subfolder=subfolder, base_model=base)
     config = model.peft_config["default"]
-    describe(model, config, "default")
-    assert isinstance(config.card, AdapterFacts)
     for name in (CARD_NAME, REPORT_NAME, *PROCESSOR_NAMES):
         try:
             path = adapter_file(adapter, name, revision, subfolder)
@@ -404,7 +401,7 @@ def _write_card(adapter: str, revision: str | None, subfolder: str | None, base:
         results = stated_results(earlier)
     write_card(
         folder,
-        config.card,
+        facts_of(model, config, "default"),
         Location(adapter, revision, subfolder),
         metrics=results,
         earlier=None if earlier is None else earlier.data,

@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""Trained tensors as wholes, whatever spreads them over processes: FSDP2, or DeepSpeed's ZeRO.
+"""Several processes: sums over all, and trained tensors as wholes, whatever spreads them (FSDP2, DeepSpeed's ZeRO).
 
 FSDP2 makes a parameter a `DTensor`. ZeRO-3 leaves every process an empty parameter, with a part of the values as its
 `ds_tensor`. ZeRO of each stage trains float32 copies, the master weights, and overwrites the parameters with them
@@ -14,6 +14,11 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def is_distributed() -> bool:
+    """Whether several processes work together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _is_dtensor(tensor: Any) -> bool:
@@ -112,3 +117,15 @@ def _assign_master_weights(tensor: Any, values: Tensor) -> None:
     start = size * torch.distributed.get_rank(group)
     part = F.pad(values.flatten(), (0, padding))[start : start + size]
     deepspeed.utils.safe_set_local_fp32_param(tensor, part)
+
+
+def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
+    """Adds up what all processes hold; every process gets the same bits.
+
+    `accelerate.utils.reduce` would add nothing up in a process group that was made without Accelerate's launchers.
+    """
+    if not is_distributed():
+        return tensor
+    summed = tensor.to(device)
+    torch.distributed.all_reduce(summed)
+    return summed.cpu()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
@@ -16,23 +16,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .distributed import reshard
-from .tuner.layer import E2VPTLayer
-from .tuner.prompt_layers import visual_prompt_layers
-
-
-def active_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, list[E2VPTLayer]]:
-    """The same as `visual_prompt_layers`, of an adapter that takes part in the forward pass, and alone.
-
-    Raises:
-        ValueError: as there, or the adapter is switched off, or others are active too.
-    """
-    adapter_name, layers = visual_prompt_layers(model, adapter_name)
-    if layers[0].disable_adapters or layers[0].active_adapters != [adapter_name]:
-        raise ValueError(
-            f"The adapter {adapter_name!r} is not the active one: call model.set_adapter({adapter_name!r}) first."
-        )
-    return adapter_name, layers
+from .distributed import is_distributed, reshard
 
 
 @contextmanager
@@ -75,43 +59,6 @@ def no_trace(model: nn.Module, dataloader: Iterable[Any], seed: int | None = Non
             np.random.set_state(numpy_state)
 
 
-@contextmanager
-def running_as(implementation: str, layers: list[E2VPTLayer], instead_of: Callable[[str], bool]) -> Iterator[None]:
-    """Runs a block with another attention implementation.
-
-    Args:
-        implementation: its name.
-        layers: the layers whose towers run with it.
-        instead_of: which implementations give way to it, by their names.
-    """
-    configs = {id(source): source for layer in layers if (source := layer.attention_config) is not None}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    switched = [key for key, name in before.items() if instead_of(name)]
-    try:
-        for key in switched:
-            configs[key]._attn_implementation = implementation
-        yield
-    finally:
-        for key in switched:
-            configs[key]._attn_implementation = before[key]
-
-
-@contextmanager
-def gates_on(place: str, layers: list[E2VPTLayer]) -> Iterator[None]:
-    """Lets attentions that cannot add to their scores (flash, flex) run as sdpa where gates are on the `"attention"`.
-
-    Args:
-        place: `"attention"` or `"embedding"`.
-        layers: the layers whose gates are measured.
-    """
-    with running_as("sdpa", layers, lambda name: place == "attention" and ("flash" in name or "flex" in name)):
-        yield
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 class Batch(NamedTuple):
     """One batch of data on the device of the model.
 
@@ -151,9 +98,9 @@ def batches(
     total = len(dataloader) if isinstance(dataloader, Sized) else None
     if max_batches is not None:
         total = max_batches if total is None else min(total, max_batches)
-    hidden = True if _is_distributed() and torch.distributed.get_rank() else None
+    hidden = True if is_distributed() and torch.distributed.get_rank() else None
     bar = logging.tqdm(islice(dataloader, max_batches), total=total, desc=description, leave=False, disable=hidden)
-    if not (in_step and _is_distributed()):
+    if not (in_step and is_distributed()):
         for batch in bar:
             inputs = _inputs_of(batch, device)
             yield Batch(inputs, _size(inputs), _size(inputs), True)
@@ -183,15 +130,3 @@ def _inputs_of(batch: Any, device: torch.device) -> dict[str, Any]:
 
 def _size(inputs: dict[str, Any]) -> int:
     return next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
-
-
-def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
-    """Adds up what all processes hold; every process gets the same bits.
-
-    `accelerate.utils.reduce` would add nothing up in a process group that was made without Accelerate's launchers.
-    """
-    if not _is_distributed():
-        return tensor
-    summed = tensor.to(device)
-    torch.distributed.all_reduce(summed)
-    return summed.cpu()

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .evaluation import batches, no_trace
-from .hub.labels import are_generic
+from .hub.companion import are_generic
 from .pruning.search import default_quality
 
 

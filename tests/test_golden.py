@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
 from peft_e2vpt import E2VPTConfig
-from peft_e2vpt.tuner.layer import GateOverride
+from peft_e2vpt.tuner.gates import GateOverride
 from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 

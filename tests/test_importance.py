@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from peft_e2vpt import E2VPTConfig, apply_gates, prune, score_prompts, search_pruning
-from peft_e2vpt.tuner.layer import GateOverride
+from peft_e2vpt.tuner.gates import GateOverride
 from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 

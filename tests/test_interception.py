@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_e2vpt import E2VPTConfig, interception, score_prompts
 from peft_e2vpt import attention as interface
-from peft_e2vpt.attention.interface import Rows
+from peft_e2vpt.attention.rows import Rows
 from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 

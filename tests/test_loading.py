@@ -22,6 +22,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import peft_e2vpt
 from peft_e2vpt import E2VPTConfig, PruningReport
 from peft_e2vpt.hub.card import Location, write_card
+from peft_e2vpt.hub.companion import facts_of
 
 
 LABELS = ["ash", "beech", "cedar", "dogwood", "elm"]
@@ -274,7 +275,8 @@ def test_a_report_beside_the_adapter_goes_into_its_card_with_a_picture_where_the
 
 
 def test_a_new_card_takes_data_and_results_of_an_earlier_one_unless_it_has_its_own(base_folder, tmp_path):
-    facts = saved(base_folder, tmp_path).peft_config["default"].card
+    model = saved(base_folder, tmp_path)
+    facts = facts_of(model, model.peft_config["default"], "default")
     write_card(tmp_path, facts, Location("me/trees"), dataset="me/leaves", metrics={"eval_accuracy": 0.5})
     earlier = ModelCard.load(tmp_path / "README.md").data
     write_card(tmp_path, facts, Location("me/trees"), earlier=earlier)

@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""How rows join the keys and values of one attention call.
+"""The attention path through transformers' attention interface.
 
 transformers asks `module.config._attn_implementation` which function computes an attention. An adapted attention
 module gets, as its `config`, a view of the model's config that answers this one question with the name of
@@ -10,43 +10,19 @@ the rows from their owner, puts them beside keys and values and calls the implem
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .rows import AttentionFunction, RowOwner, causal_mask, join_rows
+
 
 IMPLEMENTATION = "e2vpt"
-AttentionFunction = Callable[..., "tuple[Tensor, Tensor | None]"]
-
-
-class Rows(NamedTuple):
-    """Key and value rows of one attention; the first dimension B is 1 where all samples have the same rows.
-
-    Attributes:
-        key: (B, H, P, d).
-        value: (B, H, P, d).
-        num_behind: how many of the P rows, the last ones, go behind keys and values instead of before them.
-        score_bias: (B, P), added to the attention scores of the rows before the softmax; `None` adds nothing.
-    """
-
-    key: Tensor
-    value: Tensor
-    num_behind: int = 0
-    score_bias: Tensor | None = None
-
-
-class RowOwner(Protocol):
-    """Whoever gives an attention its rows."""
-
-    eager_attention: AttentionFunction | None
-
-    def rows(self, num_sequences: int, dtype: torch.dtype) -> Rows | None:
-        """The rows for a batch of `num_sequences` token sequences; `None` leaves the attention as it is."""
 
 
 class ConfigView:
@@ -95,6 +71,26 @@ def config_of(attention: Any) -> Any:
     return config.__dict__["_e2vpt_source"] if isinstance(config, ConfigView) else config
 
 
+@contextmanager
+def running_as(implementation: str, configs: Iterable[Any], instead_of: Callable[[str], bool]) -> Iterator[None]:
+    """Runs a block with another attention implementation.
+
+    Args:
+        implementation: its name.
+        configs: the configs of the towers that run with it; the same one may come again.
+        instead_of: which implementations give way to it, by their names.
+    """
+    switched = {id(config): config for config in configs if instead_of(config._attn_implementation)}
+    before = {key: config._attn_implementation for key, config in switched.items()}
+    try:
+        for config in switched.values():
+            config._attn_implementation = implementation
+        yield
+    finally:
+        for key, config in switched.items():
+            config._attn_implementation = before[key]
+
+
 def eager_attention_of(attention: nn.Module) -> AttentionFunction | None:
     """Finds the eager attention function that the model file of `attention` falls back to.
 
@@ -109,91 +105,6 @@ def eager_attention_of(attention: nn.Module) -> AttentionFunction | None:
         return None
     function: AttentionFunction = forward.__globals__[names[0]]
     return function
-
-
-def per_sequence(rows: Tensor, num_sequences: int) -> Tensor:
-    """Repeats rows (B, ...) for sequences in the order (sample, window): (num_sequences, ...)."""
-    if rows.shape[0] == 1:
-        return rows.expand(num_sequences, *rows.shape[1:])
-    if rows.shape[0] == num_sequences:
-        return rows
-    if num_sequences % rows.shape[0]:
-        raise ValueError(
-            f"Prompts differ between the {rows.shape[0]} samples of the batch, but the attention sees {num_sequences} "
-            "sequences, which is no multiple: samples that share one packed sequence need equal prompts."
-        )
-    return rows.repeat_interleave(num_sequences // rows.shape[0], dim=0)
-
-
-def _beside(rows: Tensor, middle: Tensor, num_behind: int, dim: int) -> Tensor:
-    if not num_behind:
-        return torch.cat([rows, middle], dim=dim)
-    num_before = rows.shape[dim] - num_behind
-    before, behind = rows.narrow(dim, 0, num_before), rows.narrow(dim, num_before, num_behind)
-    return torch.cat([before, middle, behind], dim=dim)
-
-
-def _extend_block_mask(mask: Any, before: int, behind: int) -> Any:
-    """Rebuilds a flex attention `BlockMask` so that every query sees the rows."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    num_queries, num_keys = mask.seq_lengths
-    mask_mod = mask.mask_mod
-
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        inner = (key - before).clamp(0, num_keys - 1)
-        seen: Tensor = (key < before) | (key >= before + num_keys) | mask_mod(batch, head, query, inner)
-        return seen
-
-    batch, heads = mask.shape[:2]
-    device = mask.kv_num_blocks.device
-    return create_block_mask(sees, batch, heads, num_queries, before + num_keys + behind, device=device)
-
-
-def visible_value(mask: Tensor) -> int:
-    """What lets a query see a key: 1 in a mask that selects (boolean, or (B, N)), 0 in one that is added."""
-    return 1 if mask.dim() == 2 or mask.dtype == torch.bool else 0
-
-
-def _extend_mask(mask: Any, rows: Rows, num_keys: int, dtype: torch.dtype, num_sequences: int) -> Any:
-    """Adds the columns of the rows to an attention mask: visible to every query, biased by `rows.score_bias`."""
-    behind = rows.num_behind
-    before = rows.key.shape[2] - behind
-    if mask is not None and not isinstance(mask, Tensor):
-        mask = _extend_block_mask(mask, before, behind)
-    elif mask is not None:
-        mask = F.pad(mask, (before, behind), value=visible_value(mask))
-    if rows.score_bias is None:
-        return mask
-    bias = per_sequence(rows.score_bias.to(dtype), num_sequences)
-    bias = _beside(bias, bias.new_zeros(num_sequences, num_keys), behind, dim=1)[:, None, None, :]
-    if mask is None:
-        return bias
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    return mask + bias
-
-
-def join_rows(rows: Rows, key: Tensor, value: Tensor, mask: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
-    """Puts rows beside keys and values (B, H, N, d), and adds their columns to the mask.
-
-    Args:
-        rows: the rows.
-        key: keys without them.
-        value: values without them.
-        mask: attention mask in one of the forms of `attend_with_rows`.
-        dtype: type of the queries, which an added mask shares.
-    """
-    num_sequences, _, num_keys, _ = key.shape
-    mask = _extend_mask(mask, rows, num_keys, dtype, num_sequences)
-    key = _beside(per_sequence(rows.key.to(key.dtype), num_sequences), key, rows.num_behind, dim=2)
-    value = _beside(per_sequence(rows.value.to(value.dtype), num_sequences), value, rows.num_behind, dim=2)
-    return key, value, mask
-
-
-def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """What sdpa hides without a mask where it is causal, (1, 1, N, N): it aligns queries with the first keys."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril()[None, None]
 
 
 def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:

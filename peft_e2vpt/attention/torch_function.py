@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .interface import RowOwner, Rows, causal_mask, join_rows, per_sequence
+from .rows import RowOwner, Rows, causal_mask, join_rows, per_sequence
 
 
 PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")

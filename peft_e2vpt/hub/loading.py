@@ -20,7 +20,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
 
-from ..registration import METHOD
+from .._compat import METHOD
 from ..tuner.config import E2VPTConfig
 
 

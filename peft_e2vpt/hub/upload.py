@@ -17,7 +17,8 @@ from peft import PeftModel
 
 from ..pruning.report import PruningReport
 from ..tuner.config import E2VPTConfig
-from .card import BY_A_TRAINER, CARD_NAME, AdapterFacts, Location, is_replaceable, write_card
+from .card import BY_A_TRAINER, CARD_NAME, Location, is_replaceable, write_card
+from .companion import facts_of
 
 
 def push_to_hub(
@@ -84,10 +85,9 @@ def push_to_hub(
             report.save(folder)
         earlier = _card_on_the_hub(repo_id, revision, subfolder, token)
         if earlier is None or is_replaceable(earlier.content) or BY_A_TRAINER in earlier.content:
-            assert isinstance(config.card, AdapterFacts)  # known since the adapter was saved
             write_card(
                 folder,
-                config.card,
+                facts_of(model, config, adapter_name),
                 Location(repo_id, revision, subfolder),
                 dataset=dataset,
                 metrics=metrics,

@@ -33,7 +33,7 @@ from .ranking import (
     prune_to_percentage,
 )
 from .report import REPORT_NAME, PruningReport
-from .rewind import redraw, rewind, trained_tensors
+from .rewinding import redraw, rewind, trained_tensors
 from .schedule import TwoPartSchedule
 from .search import RATIOS, PruningSearch, labels_of, search_pruning
 

@@ -11,10 +11,12 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from ..distributed import is_sharded
-from ..evaluation import active_prompt_layers, batches, gates_on, no_trace, sum_over_processes
+from ..distributed import is_sharded, sum_over_processes
+from ..evaluation import batches, no_trace
 from ..tuner.config import E2VPTConfig
-from ..tuner.layer import E2VPTLayer, GateOverride
+from ..tuner.gates import GateOverride
+from ..tuner.layer import E2VPTLayer
+from ..tuner.prompt_layers import active_prompt_layers, gates_on
 
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], Tensor]

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from ..distributed import is_sharded
-from ..evaluation import active_prompt_layers, batches, gates_on, no_trace, sum_over_processes
-from ..tuner.layer import GateOverride
+from ..distributed import is_sharded, sum_over_processes
+from ..evaluation import batches, no_trace
+from ..tuner.gates import GateOverride
+from ..tuner.prompt_layers import active_prompt_layers, gates_on
 from .importance import ImportanceScores
 from .ranking import MIN_SEGMENTS, MIN_TOKENS, Gates, prune
 

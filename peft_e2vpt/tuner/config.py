@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
+import weakref
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from peft import PeftConfig
+from torch import nn
 
-from ..registration import peft_type
+from .._compat import peft_type
 
 
 FORMAT_VERSION = 1  # of adapter_config.json and adapter_model.safetensors; counts up when older readers would go wrong
@@ -34,9 +37,16 @@ def _is_whole(value: Any, least: int) -> bool:
 
 
 class Companion(Protocol):
-    """What is saved beside `adapter_config.json`."""
+    """What accompanies an adapter on disk besides PEFT's own files, given by the package above the tuner."""
 
-    def save(self, folder: str) -> None: ...
+    def compare(self, config: E2VPTConfig, model: nn.Module) -> None:
+        """Warns where the saved adapter that `config` belongs to does not fit the model that it is put on."""
+
+    def settings(self, config: E2VPTConfig, model: nn.Module) -> dict[str, Any]:
+        """Fields of `adapter_config.json` that the model decides when its adapter is saved."""
+
+    def write(self, config: E2VPTConfig, model: nn.Module, adapter_name: str, folder: str) -> None:
+        """Writes further files beside the adapter that is being saved in a folder."""
 
 
 @dataclass
@@ -114,6 +124,8 @@ class E2VPTConfig(PeftConfig):
         ValueError: a choice is impossible; the message names the field, the value found and what to pass.
     """
 
+    companion: ClassVar[Companion | None] = None  # set where the whole package is imported
+
     num_visual_prompts: int = field(default=10, metadata={"help": "Visual prompts of every adapted layer (M)."})
     num_kv_prompts: int = field(default=5, metadata={"help": "Key-value prompts of every self-attention (n)."})
     visual_prompt_mode: str = field(default="deep", metadata={"help": "'deep' or 'shallow' (VPT-Shallow)."})
@@ -158,7 +170,7 @@ class E2VPTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
-        self.card: Companion | None = None  # no field, so not in adapter_config.json
+        self._adapter: tuple[weakref.ref[nn.Module], str] | None = None  # no field, so not in adapter_config.json
         self._check_format()
         self._check_counts()
         if self.token_gate is None:
@@ -192,16 +204,33 @@ class E2VPTConfig(PeftConfig):
             )
         return {name: value for name, value in kwargs.items() if name not in unknown}
 
+    def belongs_to(self, model: nn.Module, adapter_name: str) -> None:
+        """Notes, without keeping it alive, whose adapter is about to be saved."""
+        self._adapter = weakref.ref(model), adapter_name
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_adapter": None}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes `adapter_config.json`, and the model card where the adapter is saved with it.
+        """Writes `adapter_config.json` with what the adapted model decides, such as the names of its classes.
+
+        Where a PeftModel saves the config with its adapter, the model card is written too.
 
         Args:
             save_directory: a folder, made where there is none.
             kwargs: what PEFT adds.
         """
-        super().save_pretrained(save_directory, **kwargs)
-        if self.card is not None:
-            self.card.save(save_directory)
+        reference, adapter_name = self._adapter or (None, "")
+        model = None if reference is None else reference()
+        if model is None or self.companion is None:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        complete = copy.copy(self)
+        for name, value in self.companion.settings(self, model).items():
+            setattr(complete, name, value)
+        super(E2VPTConfig, complete).save_pretrained(save_directory, **kwargs)
+        if "auto_mapping_dict" in kwargs:  # PeftModel has just saved the adapter here
+            self.companion.write(complete, model, adapter_name, save_directory)
 
     def _check_format(self) -> None:
         if not _is_whole(self.format_version, 1):

@@ -1,12 +1,14 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""`StoredGates`: the gates of a layer by adapter, which notice being loaded by what cannot load pruned prompts."""
+"""Gates of visual prompts: stored ones, those that are measured, and what they mean for the values of a prompt."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
+
+from .._compat import BufferDict
 
 
 class StoredGates(BufferDict):
@@ -34,3 +36,31 @@ class StoredGates(BufferDict):
                 "prompts: use peft_e2vpt.load(...).get_base_model(), which gives the same model."
             )
         super().__setattr__(name, value)
+
+
+@dataclass
+class GateOverride:
+    """Gates of every sample of a batch, in place of the stored ones, while importance or candidates are measured.
+
+    Attributes:
+        token: (B, M).
+        segment: (B, M, R).
+        on: whether the token gate multiplies the prompt's `"attention"` weight or its `"embedding"`.
+    """
+
+    token: Tensor
+    segment: Tensor
+    on: str
+
+
+def expand_segments(gates: Tensor, width: int, layout: str) -> Tensor:
+    """Spreads segment gates (..., R) over the dimensions of a prompt: (..., D) (paper equation 8)."""
+    repeats = width // gates.shape[-1]
+    if layout == "contiguous":
+        return gates.repeat_interleave(repeats, dim=-1)
+    return gates.repeat(*[1] * (gates.dim() - 1), repeats)
+
+
+def alive_values(token: Tensor, segment: Tensor, width: int, layout: str) -> Tensor:
+    """Which values of prompts take part, given their gates (M,) and (M, R): a boolean tensor (M, D)."""
+    return expand_segments(segment * token[:, None], width, layout) != 0

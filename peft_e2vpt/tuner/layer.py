@@ -5,52 +5,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..attention import interface
-from ..attention import torch_function as interception
-from ..attention.interface import Rows
-from ..attention.rows import MixedBatch, one_per_sample, side_by_side
+from .._compat import BufferDict
+from ..attention import interface, torch_function
+from ..attention.rows import MixedBatch, Rows, one_per_sample, side_by_side
 from ..backbones.sites import AttentionSite
 from ..distributed import assign, whole
 from .config import E2VPTConfig
 from .constants import Sources
-from .gates import StoredGates
-
-
-@dataclass
-class GateOverride:
-    """Gates of every sample of a batch, in place of the stored ones, while importance or candidates are measured.
-
-    Attributes:
-        token: (B, M).
-        segment: (B, M, R).
-        on: whether the token gate multiplies the prompt's `"attention"` weight or its `"embedding"`.
-    """
-
-    token: Tensor
-    segment: Tensor
-    on: str
-
-
-def expand_segments(gates: Tensor, width: int, layout: str) -> Tensor:
-    """Spreads segment gates (..., R) over the dimensions of a prompt: (..., D) (paper equation 8)."""
-    repeats = width // gates.shape[-1]
-    if layout == "contiguous":
-        return gates.repeat_interleave(repeats, dim=-1)
-    return gates.repeat(*[1] * (gates.dim() - 1), repeats)
-
-
-def alive_values(token: Tensor, segment: Tensor, width: int, layout: str) -> Tensor:
-    """Which values of prompts take part, given their gates (M,) and (M, R): a boolean tensor (M, D)."""
-    return expand_segments(segment * token[:, None], width, layout) != 0
+from .gates import GateOverride, StoredGates, alive_values, expand_segments
 
 
 def _draw(shape: tuple[int, ...], scheme: str, fan_in: int, xavier_fans: int, generator: Any) -> Tensor:
@@ -126,7 +95,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             interface.attach(site.attention, self)
             self._handles.append(site.attention.register_forward_hook(self._check_that_rows_were_asked_for))
         else:
-            interception.attach(site.attention, self, site.name, site.num_key_value_heads, site.backbone.one_graph)
+            torch_function.attach(site.attention, self, site.name, site.num_key_value_heads, site.backbone.one_graph)
         self.train(site.attention.training)
 
     @property
@@ -144,7 +113,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if self.eager_attention is not None:
             interface.detach(self.site.attention)
         else:
-            interception.detach(self.site.attention)
+            torch_function.detach(self.site.attention)
         for handle in self._handles:
             handle.remove()
 

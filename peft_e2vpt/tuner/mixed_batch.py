@@ -13,8 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..attention.rows import MixedBatch
-from ..evaluation import gates_on
-from .prompt_layers import prompt_layers
+from .prompt_layers import gates_on, prompt_layers
 
 
 BASE = "__base__"  # PEFT's name for no adapter

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..backbones.sites import find_attention_sites, find_heads
-from ..hub.card import tag, untag
-from ..hub.labels import describe, warn_of_other_labels
+from .._compat import ExcludedModule
+from ..backbones.heads import find_heads
+from ..backbones.sites import find_attention_sites
 from .config import E2VPTConfig
 from .layer import E2VPTLayer
 from .mixed_batch import BASE, one_adapter_per_sample
-from .prompt_layers import CONTAINER, PromptLayers
+from .prompt_layers import CONTAINER, PromptLayers, restore_base_model, tag
 from .shallow import ShallowInsertion
 from .state_dict import fit_to_model, without_pruned_values
 from .summary import PromptSummary, summarise
@@ -83,14 +83,15 @@ class E2VPTModel(BaseTuner):
             heads = [name for name in heads if name != CONTAINER]
         check_modules_to_save(self.model, heads, self._targets)
         peft_config.modules_to_save = heads
-        warn_of_other_labels(self.model, peft_config)
+        if peft_config.companion is not None:
+            peft_config.companion.compare(peft_config, self.model)
         tag(self.model)
         return peft_config
 
     def _check_target_module_exists(self, peft_config: E2VPTConfig, key: str) -> Any:
         excluded = peft_config.exclude_modules
         if key in self._sites and excluded is not None and matches(key, excluded):
-            return _ExcludedModule()  # else PEFT would warn that nothing was excluded
+            return ExcludedModule()  # else PEFT would warn that nothing was excluded
         return key in self._targets
 
     def _create_and_replace(
@@ -252,7 +253,7 @@ class E2VPTModel(BaseTuner):
                 "be merged into them. model.merge_adapter() turns the rows into constants and keeps the PeftModel; "
                 "model.unload() gives the base model without the adapter."
             )
-        self._restore_base_model()
+        restore_base_model(self.model)
         model: nn.Module = self.model
         return model
 
@@ -261,29 +262,12 @@ class E2VPTModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self._remove_insertion(adapter_name)
         if not self.peft_config:
-            self._restore_base_model()
+            restore_base_model(self.model)
 
     def _remove_insertion(self, adapter_name: str) -> None:
         container = getattr(self.model, CONTAINER, None)
         if container is not None and adapter_name in container.insertions:
             container.insertions.pop(adapter_name).detach()
-
-    def _restore_base_model(self) -> None:
-        container = getattr(self.model, CONTAINER, None)
-        if container is None:  # the last adapter has been deleted before
-            return
-        container.detach()
-        if getattr(self.model, "_require_grads_hooks", None):
-            self.model.disable_input_require_grads()
-        delattr(self.model, CONTAINER)
-        untag(self.model)
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, ModulesToSaveWrapper):
-                self.model.set_submodule(name, module.original_module)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad = container.base_requires_grad[name]
-        if hasattr(self.model, "peft_config"):
-            del self.model.peft_config
 
     # ------------------------------------------------------------------------------------------------------- on disk
     @classmethod
@@ -297,9 +281,9 @@ class E2VPTModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """The adapter's tensors; of pruned visual prompts only the surviving values, a tensor (values,).
 
-        PEFT asks for them right before it saves `config`, which so learns what else is to be written.
+        PEFT asks for them right before it saves `config`, which then tells of the model that it belongs to.
         """
-        describe(model, config, adapter_name)
+        config.belongs_to(model, adapter_name)
         tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..attention.interface import running_as
 from .layer import E2VPTLayer
 from .shallow import ShallowInsertion
 
 
 CONTAINER = "e2vpt"
+TAGS = ("peft", "e2vpt", "visual-prompt-tuning")  # of an adapted model
 
 
 def _before(blocks: Iterable[nn.Module], model: nn.Module) -> list[nn.Module]:
@@ -85,6 +90,18 @@ class PromptLayers(nn.ModuleDict):
             handle.remove()
 
 
+def adapted_model(model: nn.Module) -> nn.Module:
+    """The adapted model inside of what wraps it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(dict(module.named_children()).get(CONTAINER), PromptLayers):
+            return module
+    raise ValueError(f"{type(model).__name__} has no E2VPT adapter.")
+
+
 def prompt_layers(model: nn.Module) -> list[E2VPTLayer]:
     """Lists the prompt layers of a model in the order of their attentions, whatever wraps the model."""
     layers = [module for module in model.modules() if isinstance(module, E2VPTLayer)]
@@ -113,3 +130,72 @@ def visual_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> t
             "least 1."
         )
     return adapter_name, prompted
+
+
+def active_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, list[E2VPTLayer]]:
+    """The same as `visual_prompt_layers`, of an adapter that takes part in the forward pass, and alone.
+
+    Raises:
+        ValueError: as there, or the adapter is switched off, or others are active too.
+    """
+    adapter_name, layers = visual_prompt_layers(model, adapter_name)
+    if layers[0].disable_adapters or layers[0].active_adapters != [adapter_name]:
+        raise ValueError(
+            f"The adapter {adapter_name!r} is not the active one: call model.set_adapter({adapter_name!r}) first."
+        )
+    return adapter_name, layers
+
+
+def attention_configs(layers: Iterable[E2VPTLayer]) -> list[Any]:
+    """The configs that tell the attention implementation of layers; without those that ask none."""
+    return [config for layer in layers if (config := layer.attention_config) is not None]
+
+
+@contextmanager
+def gates_on(place: str, layers: list[E2VPTLayer]) -> Iterator[None]:
+    """Lets attentions that cannot add to their scores (flash, flex) run as sdpa where gates are on the `"attention"`.
+
+    Args:
+        place: `"attention"` or `"embedding"`.
+        layers: the layers whose gates are measured.
+    """
+
+    def cannot(implementation: str) -> bool:
+        return place == "attention" and ("flash" in implementation or "flex" in implementation)
+
+    with running_as("sdpa", attention_configs(layers), cannot):
+        yield
+
+
+def tag(model: nn.Module) -> None:
+    """Gives a model the tags of E2VPT; a Trainer's card has no others."""
+    if isinstance(model, PreTrainedModel):
+        model.add_model_tags(list(TAGS))
+
+
+def _untag(model: nn.Module) -> None:
+    if isinstance(model, PreTrainedModel):
+        others = [name for name in model.model_tags or [] if name not in TAGS]
+        if others:
+            model.model_tags = others
+        elif "model_tags" in vars(model):
+            del model.model_tags  # the class has None
+
+
+def restore_base_model(model: Any) -> None:
+    """Makes an adapted model what it was before its first adapter; without effect where that has been done."""
+    container = getattr(model, CONTAINER, None)
+    if container is None:
+        return
+    container.detach()
+    if getattr(model, "_require_grads_hooks", None):
+        model.disable_input_require_grads()
+    delattr(model, CONTAINER)
+    _untag(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.original_module)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = container.base_requires_grad[name]
+    if hasattr(model, "peft_config"):
+        del model.peft_config

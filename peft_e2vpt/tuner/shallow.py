@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.interface import visible_value
+from ..attention.rows import visible_value
 from .layer import E2VPTLayer
 
 

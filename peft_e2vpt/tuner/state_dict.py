@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import E2VPTConfig
-from .layer import alive_values
+from .gates import alive_values
 from .prompt_layers import prompt_layers
 
 
