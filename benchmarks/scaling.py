@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """How the cost of E2VPT grows: along one axis at a time, beside the plain backbone, LoRA and inserted prompts.
 
-    python benchmarks/scaling.py --output scaling.jsonl --picture scaling.png        # all axes, from ViT-B/16
-    python benchmarks/scaling.py --axes prompts --batch_sizes 8 --rounds 5
+    python -m benchmarks.scaling --output scaling.jsonl --picture scaling.png        # all axes, from ViT-B/16
+    python -m benchmarks.scaling --axes prompts --batch_sizes 8 --rounds 5
 
 Axes: `batch` (images), `image` (pixels), `prompts` (M, with n = M / 2), `backbone` (ViT-S, B, L and H), and `adapters`
 (how many are active at once, their rows side by side, beside the plain backbone alone). All other settings are those
@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from timing import (
+from torch import nn
+
+from benchmarks.timing import (
     Times,
     build_on,
     forward_pass,
@@ -35,8 +37,6 @@ from timing import (
     use_smallest,
     write,
 )
-from torch import nn
-
 from peft_e2vpt import E2VPTConfig
 
 

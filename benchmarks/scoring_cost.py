@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """Times one pass of scoring, and the search of a pruning, beside one training epoch over the same batches.
 
-    python benchmarks/scoring_cost.py                                # ViT-S/16 at 224 pixels, 4 batches of 8
-    python benchmarks/scoring_cost.py --backbone vit-b --rounds 3
+    python -m benchmarks.scoring_cost                                # ViT-S/16 at 224 pixels, 4 batches of 8
+    python -m benchmarks.scoring_cost --backbone vit-b --rounds 3
 
 Training, `score_prompts` and `search_pruning` take turns in every round, so that whatever else the machine does hits
 all of them. The table gives the median and the spread of the ratios of the rounds, in CPU and in wall seconds.
@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from baselines import BACKBONES, build
-from timing import make_batch, print_ratios, take_turns
 
+from benchmarks.baselines import BACKBONES, build
+from benchmarks.timing import make_batch, print_ratios, take_turns
 from peft_e2vpt import score_prompts, search_pruning
 
 

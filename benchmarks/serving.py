@@ -1,7 +1,7 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """Times one forward pass of a batch that holds many adapters beside the same batch with a single one.
 
-    OMP_NUM_THREADS=1 python benchmarks/serving.py             # ViT-S/16 at 224 pixels, a batch of 64, M=10, n=5
+    OMP_NUM_THREADS=1 python -m benchmarks.serving             # ViT-S/16 at 224 pixels, a batch of 64, M=10, n=5
 
 Every sample has its adapter and its head, through `model(pixel_values=..., adapter_names=[...])`. "unequal" adapters
 are pruned to 3 to 10 visual prompts, so that their rows are masked; "merged" ones have constants as rows. The backbone
@@ -16,10 +16,10 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from baselines import BACKBONES, build
 from peft import PeftModel
-from timing import make_batch, print_ratios, take_turns
 
+from benchmarks.baselines import BACKBONES, build
+from benchmarks.timing import make_batch, print_ratios, take_turns
 from peft_e2vpt import E2VPTConfig
 from peft_e2vpt.tuner.prompt_layers import prompt_layers
 

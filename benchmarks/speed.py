@@ -1,9 +1,9 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """Times a forward pass and a training step of E2VPT beside the plain backbone, inserted prompts, LoRA and full tuning.
 
-    python benchmarks/speed.py                    # ViT-B/16 at 224 pixels, batches of 1 and 8, M=10, n=5
-    python benchmarks/speed.py --num_visual_prompts 100 --batch_sizes 8
-    python benchmarks/speed.py --device cuda --dtype bfloat16 --compile --batch_sizes 64
+    python -m benchmarks.speed                    # ViT-B/16 at 224 pixels, batches of 1 and 8, M=10, n=5
+    python -m benchmarks.speed --num_visual_prompts 100 --batch_sizes 8
+    python -m benchmarks.speed --device cuda --dtype bfloat16 --compile --batch_sizes 64
 
 Methods take turns in every round, so that whatever else the machine does hits all of them; a table gives the median
 and the spread of the ratios of the rounds. `memory.py` measures memory.
@@ -11,8 +11,8 @@ and the spread of the ratios of the rounds. `memory.py` measures memory.
 
 from __future__ import annotations
 
-from baselines import METHODS, PLAIN_FORWARD
-from timing import (
+from benchmarks.baselines import METHODS, PLAIN_FORWARD
+from benchmarks.timing import (
     build_on,
     forward_pass,
     machine,

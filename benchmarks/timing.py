@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import transformers
-from baselines import BACKBONES, build
 from torch import nn
+
+from benchmarks.baselines import BACKBONES, build
 
 
 Times = dict[str, list[tuple[float, float]]]

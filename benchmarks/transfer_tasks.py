@@ -1,7 +1,7 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """The tasks of the small transfer suite: three groups as in VTAB-1k, pictures from packages or drawn here.
 
-    python benchmarks/transfer_tasks.py tasks.png        # how the pictures look
+    python -m benchmarks.transfer_tasks tasks.png        # how the pictures look
 
 | task | group | pictures | licence | install |
 |---|---|---|---|---|
@@ -163,8 +163,7 @@ def read_emoji(path: Path, vendor: str, names: list[str]) -> Pictures:
 
 def load_solar() -> tuple[Split, Split, Split, list[str]]:
     """Solar cells, as many functional as defective ones."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-    from solar_cells import LABELS, find_data_folder, read_cells, split_cells
+    from examples.solar_cells import LABELS, find_data_folder, read_cells, split_cells
 
     dealt = split_cells(read_cells(find_data_folder()), seed=0)
     cells = [cell for part in dealt.values() for cell in part]

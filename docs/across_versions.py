@@ -3,8 +3,8 @@
 
 In an environment with the one version, then in an environment with the other:
 
-    python docs/across_versions.py save folder
-    python docs/across_versions.py load folder
+    python -m docs.across_versions save folder
+    python -m docs.across_versions load folder
 """
 
 from __future__ import annotations
@@ -17,13 +17,9 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from models import build, output_of  # noqa: E402
-
-from peft_e2vpt import E2VPTConfig, Gates, apply_gates  # noqa: E402
-from peft_e2vpt.tuner.prompt_layers import prompt_layers  # noqa: E402
+from peft_e2vpt import E2VPTConfig, Gates, apply_gates
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
+from tests.support.models import build, output_of
 
 
 FAMILIES = ("vit", "deit", "msn", "ijepa", "dinov2", "dinov2_with_registers", "beit_relative_bias", "clip", "swin")

@@ -1,7 +1,7 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""Writes `docs/backbones.md`: what was measured on every tiny model of `tests/zoo.py`.
+"""Writes `docs/backbones.md`: what was measured on every tiny model of `tests/support/zoo.py`.
 
-    python docs/backbones.py
+    python -m docs.backbones
 
 It takes about six minutes on two cores. The timm models need torchvision; without it their lines say so.
 """
@@ -9,23 +9,18 @@ It takes about six minutes on two cores. The timm models need torchvision; witho
 from __future__ import annotations
 
 import datetime
-import sys
 import warnings
 from pathlib import Path
 
 import torch
 import transformers
 
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
+from tests.support import zoo
+from tests.support import zoo_checks as checks
+
 
 DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent / "tests"))
-
-import zoo  # noqa: E402
-import zoo_checks as checks  # noqa: E402
-
-from peft_e2vpt.tuner.prompt_layers import prompt_layers  # noqa: E402
-
-
 COLUMNS = {
     "effect": checks.prompts_have_an_effect,
     "gradient": checks.every_prompt_has_a_gradient,
@@ -38,8 +33,8 @@ COLUMNS = {
 }
 INTRODUCTION = """# Backbones
 
-Written by `python docs/backbones.py` with transformers {transformers}, torch {torch}, on {date}; every line is a tiny
-model with random weights. The same statements are tests (`tests/test_zoo.py`).
+Written by `python -m docs.backbones` with transformers {transformers}, torch {torch}, on {date}; every line is a tiny
+model with random weights. The same statements are tests (`tests/backbones/test_zoo.py`).
 
 * **socket**: how rows reach the attention. *interface*: it asks transformers for its attention, and gets ours.
   *interception*: it does its own arithmetic, and the rows join in while it runs.

@@ -252,6 +252,11 @@ def picture_metrics(num_labels: int) -> Callable[[EvalPrediction], dict[str, flo
 # ----------------------------------------------------------------------------------------------------------- methods
 
 
+def accuracy(outputs: EvalPrediction) -> dict[str, float]:
+    """The `compute_metrics` of the Trainer: the share of pictures whose class was found."""
+    return {"accuracy": float((outputs.predictions.argmax(axis=-1) == outputs.label_ids).mean())}
+
+
 def load_base_model(model_name: str, labels: list[str]) -> PreTrainedModel:
     """Loads a backbone with a new classification head for `labels`."""
     from transformers import AutoModelForImageClassification

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import yaml
-from finetune import ModelArguments, collate, count_trained, load_base_model, load_processor, prepare_model
+from finetune import ModelArguments, accuracy, collate, count_trained, load_base_model, load_processor, prepare_model
 from json_lines import append_line, read_lines
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.utils import logging
@@ -37,7 +37,7 @@ from transformers.utils import logging
 # datasets, peft and peft_e2vpt are imported where they are used: `--help` should not wait for them.
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import BaseImageProcessor, EvalPrediction
+    from transformers import BaseImageProcessor
 
     from peft_e2vpt import Gates
 
@@ -161,11 +161,6 @@ class Results:
 
 
 # ------------------------------------------------------------------------------------------------------- the trainings
-
-
-def accuracy(outputs: EvalPrediction) -> dict[str, float]:
-    """The `compute_metrics` of the Trainer: the share of pictures whose class was found."""
-    return {"accuracy": float((outputs.predictions.argmax(axis=-1) == outputs.label_ids).mean())}
 
 
 class Experiment:

@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""Gathers what `tests/test_golden.py` compares with, numbers only: `python collect.py SOURCE`.
+"""Gathers what `tests/golden/test_golden.py` compares with, numbers only: `python collect.py SOURCE`.
 
 SOURCE is the folder of all golden data, described by its README. A case is kept where the package is meant to give
-the numbers of the released code; `tests/test_golden.py` says which are not, and why. What is written beside this file:
+the numbers of the released code; `test_golden.py` says which are not, and why. What is written beside this file:
 
 * `inputs.safetensors`: `s{seed}/pixel_values` and `s{seed}/labels`;
 * `{family}.safetensors`: the backbones, `s{seed}/{parameter}`, and the cases, `{case}/{tensor}`, where a tensor is

@@ -1,0 +1,2 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""Scripts to run, `python examples/finetune.py`, whose functions `benchmarks` share."""

