@@ -15,8 +15,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from peft_e2vpt import E2VPTConfig, score_prompts
-from peft_e2vpt import attention as interface
-from peft_e2vpt.attention import torch_function
+from peft_e2vpt.attention import interface, torch_function
 from peft_e2vpt.attention.rows import Rows
 from peft_e2vpt.tuner.prompt_layers import prompt_layers
 from tests.support import zoo_checks as checks

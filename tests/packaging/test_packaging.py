@@ -60,7 +60,7 @@ def test_a_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
         for path in (ROOT / "peft_e2vpt").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert held == files and {"peft_e2vpt/card_template.md", "peft_e2vpt/py.typed"} <= held
+    assert held == files and {"peft_e2vpt/hub/card_template.md", "peft_e2vpt/py.typed"} <= held
 
 
 def test_the_installed_wheel_is_imported_and_not_the_checkout(environment: Path) -> None:
