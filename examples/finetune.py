@@ -544,7 +544,7 @@ def run_method(
     pictures = splits[name].with_transform(picture_transform(processor))
     metrics = trainer.evaluate(pictures, metric_key_prefix=name)
     trainer.save_model()
-    trainer.save_state()  # losses and accuracies of the run, which pictures.py draws
+    trainer.save_state()  # losses and accuracies of the run, which figures.py draws
     if args.push_to_hub:
         trainer.push_to_hub()
     return {

@@ -7,31 +7,25 @@ from .requirements import check_requirements
 
 check_requirements()  # before the imports below, which fail less clearly with old versions
 
-import sys
+from .attention_maps import AttentionMap, PromptAttention, attention_maps, prompt_attention
+from .hub.companion import AdapterCompanion
+from .hub.loading import load
+from .hub.upload import push_to_hub
+from .pruning.callback import PruneRewindCallback
+from .pruning.importance import ImportanceScores, score_prompts
+from .pruning.ranking import Gates, apply_gates, prune, prune_to_budget
+from .pruning.report import PruningReport
+from .pruning.rewinding import redraw, rewind, trained_tensors
+from .pruning.search import PruningSearch, search_pruning
+from .registration import register
+from .tuner.config import E2VPTConfig
+from .tuner.layer import E2VPTLayer
+from .tuner.model import E2VPTModel
+from .tuner.summary import PromptSummary
+from .version import __version__
 
-
-# `python -m peft_e2vpt` imports this file before its command line, whose --help has no need of torch, transformers and
-# PEFT: there the commands import what they use and register the method themselves.
-if sys.argv[:1] != ["-m"] or sys.orig_argv[-len(sys.argv)] != __name__:
-    from .attention_maps import AttentionMap, PromptAttention, attention_maps, prompt_attention
-    from .hub.companion import AdapterCompanion
-    from .hub.loading import load
-    from .hub.upload import push_to_hub
-    from .pruning.callback import PruneRewindCallback
-    from .pruning.importance import ImportanceScores, score_prompts
-    from .pruning.ranking import Gates, apply_gates, prune, prune_to_budget
-    from .pruning.report import PruningReport
-    from .pruning.rewinding import redraw, rewind, trained_tensors
-    from .pruning.search import PruningSearch, search_pruning
-    from .registration import register
-    from .tuner.config import E2VPTConfig
-    from .tuner.layer import E2VPTLayer
-    from .tuner.model import E2VPTModel
-    from .tuner.summary import PromptSummary
-    from .version import __version__
-
-    register(E2VPTConfig, E2VPTModel)
-    E2VPTConfig.companion = AdapterCompanion()
+register(E2VPTConfig, E2VPTModel)
+E2VPTConfig.companion = AdapterCompanion()
 
 
 __all__ = [

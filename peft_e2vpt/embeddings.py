@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""What a backbone makes of pictures: `class_token_embeddings`."""
+"""What a backbone makes of images: `class_token_embeddings`."""
 
 from __future__ import annotations
 

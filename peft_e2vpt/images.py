@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""Labelled pictures for an adapter, from a folder or the Hub, and how many of them it gets right."""
+"""Labelled images for an adapter, from a folder or the Hub, and how many of them it gets right."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .hub.companion import are_generic
 from .pruning.search import default_quality
 
 
-class Pictures(NamedTuple):
-    """Batches of two splits of a data set.
+class Images(NamedTuple):
+    """Batches of two splits of a dataset.
 
     Attributes:
         training: of the split `train`.
@@ -26,7 +26,7 @@ class Pictures(NamedTuple):
     validation: DataLoader[Any]
 
 
-def load_pictures(
+def load_images(
     name: str,
     labels: list[str] | None,
     processor: Any,
@@ -35,33 +35,33 @@ def load_pictures(
     max_samples: int | None = None,
     validation_share: float = 0.2,
     seed: int = 0,
-) -> Pictures:
-    """Loads labelled pictures as batches of `pixel_values` and `labels`, the labels numbered as an adapter has them.
+) -> Images:
+    """Loads labelled images as batches of `pixel_values` and `labels`, the labels numbered as an adapter has them.
 
     Args:
-        name: a folder with a folder of pictures per class, or whatever else `datasets.load_dataset` takes.
-        labels: names of the classes of the adapter; `None`, or names such as `LABEL_0`, take the data's order.
+        name: a folder with a folder of images per class, or whatever else `datasets.load_dataset` takes.
+        labels: names of the classes of the adapter; `None`, or names such as `LABEL_0`, take the order of the dataset.
         processor: an image processor.
-        batch_size: pictures in a batch.
-        max_samples: how many pictures of a split to use, drawn at random; by default all.
+        batch_size: images in a batch.
+        max_samples: how many images of a split to use, drawn at random; by default all.
         validation_share: of `train`, where there is no validation set; equal shares of every class.
-        seed: of what is drawn.
+        seed: for what is drawn at random.
 
     Raises:
         ImportError: `datasets` is not installed.
-        ValueError: there are no such data, they have no pictures with classes, or their classes are others.
+        ValueError: there is no such dataset, it has no labelled images, or its classes are unknown to the adapter.
     """
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise ImportError("Pictures are read with datasets: pip install datasets pillow.") from error
+        raise ImportError("Images are read with datasets: pip install datasets pillow.") from error
     try:
         splits = load_dataset(name)
     except (DatasetsError, OSError) as error:
-        raise ValueError(f"The pictures {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"The images {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     if "train" not in splits:
-        raise ValueError(f"The pictures {name} have no split `train`, only {', '.join(splits)}.")
+        raise ValueError(f"The images {name} have no split `train`, only {', '.join(splits)}.")
     training = name_columns(splits["train"], name)
     if "validation" in splits:
         validation = name_columns(splits["validation"], name)
@@ -71,9 +71,9 @@ def load_pictures(
     numbers = _numbers_of_labels(training.features["label"].names, labels)
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pictures = [example["image"].convert("RGB") for example in examples]
+        images = [example["image"].convert("RGB") for example in examples]
         return {
-            "pixel_values": processor(images=pictures, return_tensors="pt")["pixel_values"],
+            "pixel_values": processor(images=images, return_tensors="pt")["pixel_values"],
             "labels": torch.tensor([numbers[example["label"]] for example in examples]),
         }
 
@@ -82,7 +82,7 @@ def load_pictures(
             dataset = dataset.shuffle(seed=seed).select(range(max_samples))
         return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
 
-    return Pictures(loader(training), loader(validation))
+    return Images(loader(training), loader(validation))
 
 
 def accuracy(model: nn.Module, dataloader: DataLoader[Any]) -> float:
@@ -97,10 +97,10 @@ def accuracy(model: nn.Module, dataloader: DataLoader[Any]) -> float:
 
 
 def name_columns(dataset: Any, name: str) -> Any:
-    """Names the column of pictures `image` and that of classes `label`, found by their types, and leaves out others.
+    """Names the column of images `image` and that of classes `label`, found by their types; drops all others.
 
     Args:
-        dataset: a data set of `datasets`.
+        dataset: a dataset of `datasets`.
         name: what an error calls it.
 
     Raises:
@@ -113,21 +113,21 @@ def name_columns(dataset: Any, name: str) -> Any:
         columns = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
         if not columns:
             raise ValueError(
-                f"The data {name} have no {kind.__name__} column, only {', '.join(dataset.features)}: a folder of "
-                "pictures needs one folder per class, FOLDER/CLASS/PICTURE.jpg, and two classes or more."
+                f"The dataset {name} has no {kind.__name__} column, only {', '.join(dataset.features)}: a folder of "
+                "images needs one folder per class, FOLDER/CLASS/IMAGE.jpg, and two classes or more."
             )
         found[columns[0]] = title
     return dataset.select_columns(list(found)).rename_columns(found)
 
 
 def _numbers_of_labels(theirs: list[str], labels: list[str] | None) -> list[int]:
-    """The adapter's number of each class of a data set."""
+    """The adapter's number of each class of a dataset."""
     if labels is None or (are_generic(labels) and len(labels) == len(theirs)):
         return list(range(len(theirs)))
     unknown = [name for name in theirs if name not in labels]
     if unknown:
         raise ValueError(
-            f"The pictures have classes that the adapter does not know: {', '.join(unknown[:4])}; its classes are "
+            f"The images have classes that the adapter does not know: {', '.join(unknown[:4])}; its classes are "
             f"{', '.join(labels[:4])}{', ...' if len(labels) > 4 else ''}."
         )
     return [labels.index(name) for name in theirs]

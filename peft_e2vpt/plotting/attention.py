@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""How much attention prompts get, and where in a picture the rest of it goes."""
+"""How much attention prompts get, and where in an image the rest of it goes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def plot_prompt_attention(attention: PromptAttention) -> Figure:
     of them; the rest, up to 100 %, goes to image tokens. A black line marks what all prompts of the layer would get
     together if a query gave every key the same.
 
-    Thumbnail: `docs/pictures/e2vpt-prompt_attention.png`.
+    Thumbnail: `docs/figures/e2vpt-prompt_attention.png`.
 
     Args:
-        attention: what `peft_e2vpt.attending.prompt_attention(model, batch)` has measured.
+        attention: what `peft_e2vpt.prompt_attention(model, batch)` has measured.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -61,7 +61,7 @@ def rollout(maps: list[AttentionMap]) -> Tensor:
     """Follows attention through all layers: attention rollout (Abnar and Zuidema, ACL 2020, arXiv 2005.00928).
 
     The product over the layers of `(W + I) / 2`, W the weights between tokens, mean over heads, I the residual
-    connection. Attention to prompts is left out, and what is left sums to 1 again: prompts come from no picture.
+    connection. Attention to prompts is left out, and what is left sums to 1 again: prompts come from no image.
 
     Args:
         maps: all attentions of a plain vision transformer, from `attention_maps`.
@@ -79,7 +79,7 @@ def rollout(maps: list[AttentionMap]) -> Tensor:
         raise ValueError(
             "Attention can be followed through layers that all see the same tokens; here layers see "
             + ", ".join(sorted({f"{weights.shape[-2]} x {weights.shape[-1]}" for weights in between}))
-            + f" in {len(between[0])} sequences and more. Windows and pyramids have no map over the whole picture."
+            + f" in {len(between[0])} sequences and more. Windows and pyramids have no map over the whole image."
         )
     total = torch.eye(between[0].shape[-1], dtype=between[0].dtype, device=between[0].device)
     for weights in between:
@@ -88,7 +88,7 @@ def rollout(maps: list[AttentionMap]) -> Tensor:
 
 
 class _Maps(NamedTuple):
-    """Maps over the patches of B pictures, (B, h, w), with mean 1: attention as a multiple of that to a mean patch."""
+    """Maps over the patches of B images, (B, h, w), with mean 1: attention as a multiple of that to a mean patch."""
 
     last_layer: np.ndarray
     rollout: np.ndarray
@@ -101,9 +101,9 @@ def _maps(maps: list[AttentionMap], height: int, width: int) -> _Maps:
     num_patches = through.shape[-1] - prefix
     rows = round((num_patches * height / width) ** 0.5)
     if not rows or num_patches % rows:
-        raise ValueError(f"{num_patches} patches do not fill a picture of {height} x {width} pixels.")
+        raise ValueError(f"{num_patches} patches do not fill an image of {height} x {width} pixels.")
 
-    def over_picture(weights: Tensor) -> np.ndarray:
+    def over_image(weights: Tensor) -> np.ndarray:
         of_query = (weights[:, 0] if prefix else weights.mean(1))[:, prefix:]
         of_query = of_query / of_query.mean(-1, keepdim=True)
         grid: np.ndarray = of_query.unflatten(-1, (rows, -1)).float().cpu().numpy()
@@ -111,22 +111,22 @@ def _maps(maps: list[AttentionMap], height: int, width: int) -> _Maps:
 
     given = last.weights[..., last.kinds != TOKEN].sum(-1).mean(1)
     to_prompts = (given[:, 0] if prefix else given.mean(1)).float().cpu().numpy()
-    return _Maps(over_picture(last.between_tokens().mean(1)), over_picture(through), to_prompts)
+    return _Maps(over_image(last.between_tokens().mean(1)), over_image(through), to_prompts)
 
 
 def plot_attention_maps(model: PeftModel, inputs: dict[str, Any], *, num_prefix_tokens: int | None = None) -> Figure:
-    """Draws where in pictures the attention of the class token goes, with prompts and without.
+    """Draws where in images the attention of the class token goes, with prompts and without.
 
-    A row per picture: the picture; the attention of the class token in the last layer and its rollout through all
+    A row per image: the image; the attention of the class token in the last layer and its rollout through all
     layers (`rollout`), each without the adapter and with it. Values are multiples of the attention to a mean patch,
     mean over heads, and the 2 % largest have one colour. Attention to prompts is left out, and written below. Without
     a class token it is the mean over the patches.
 
-    Thumbnail: `docs/pictures/e2vpt-attention_maps.png`.
+    Thumbnail: `docs/figures/e2vpt-attention_maps.png`.
 
     Args:
-        model: a PEFT model with E2VPT whose attentions see whole pictures.
-        inputs: a batch of a few pictures as the model takes it, with `pixel_values` (B, C, H, W).
+        model: a PEFT model with E2VPT whose attentions see whole images.
+        inputs: a batch of a few images as the model takes it, with `pixel_values` (B, C, H, W).
         num_prefix_tokens: class and register tokens before the patches; by default what is known of the backbone.
 
     Raises:
@@ -134,42 +134,42 @@ def plot_attention_maps(model: PeftModel, inputs: dict[str, Any], *, num_prefix_
         ValueError: as `attention_maps` and `rollout`, or patches do not form a rectangle.
     """
     pixels: Tensor = inputs["pixel_values"]
-    num_pictures, _, height, width = pixels.shape
+    num_images, _, height, width = pixels.shape
     with_prompts = _maps(attention_maps(model, inputs, num_prefix_tokens=num_prefix_tokens), height, width)
     with model.disable_adapter():
         without = _maps(attention_maps(model, inputs, num_prefix_tokens=num_prefix_tokens), height, width)
-    figure = new_figure(9.5, 1.4 + 1.95 * num_pictures * height / width)
-    places = figure.add_gridspec(num_pictures + 1, 5, height_ratios=[1] * num_pictures + [0.06])
-    grid = np.array([[figure.add_subplot(places[row, column]) for column in range(5)] for row in range(num_pictures)])
-    titles = ("picture", "last layer\nwithout prompts", "with prompts", "rollout\nwithout prompts", "with prompts")
+    figure = new_figure(9.5, 1.4 + 1.95 * num_images * height / width)
+    places = figure.add_gridspec(num_images + 1, 5, height_ratios=[1] * num_images + [0.06])
+    grid = np.array([[figure.add_subplot(places[row, column]) for column in range(5)] for row in range(num_images)])
+    titles = ("image", "last layer\nwithout prompts", "with prompts", "rollout\nwithout prompts", "with prompts")
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=10)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
-    pictures = [_as_colours(picture) for picture in pixels.float().cpu()]
-    for index, picture in enumerate(pictures):
-        grid[index, 0].imshow(picture, extent=(0, width, height, 0))
+    images = [_as_colours(image) for image in pixels.float().cpu()]
+    for index, image in enumerate(images):
+        grid[index, 0].imshow(image, extent=(0, width, height, 0))
         grid[index, 2].set_xlabel(f"{100 * with_prompts.to_prompts[index]:.0f} % to prompts", fontsize=9)
     pairs = ((without.last_layer, with_prompts.last_layer), (without.rollout, with_prompts.rollout))
     for pair, columns in zip(pairs, ((1, 2), (3, 4)), strict=True):
         largest = float(np.quantile(np.stack(pair), 0.98))  # single patches may get far more than all others
         for column, maps in zip(columns, pair, strict=True):
-            for index, (picture, weights) in enumerate(zip(pictures, maps, strict=True)):
-                image = _overlay(grid[index, column], picture, weights, largest)
+            for index, (image, weights) in enumerate(zip(images, maps, strict=True)):
+                drawn = _overlay(grid[index, column], image, weights, largest)
         scale = figure.add_subplot(places[-1, columns[0] : columns[1] + 1])
-        figure.colorbar(image, cax=scale, orientation="horizontal", extend="max", label="times a mean patch")
+        figure.colorbar(drawn, cax=scale, orientation="horizontal", extend="max", label="times a mean patch")
     return figure
 
 
-def _as_colours(picture: Tensor) -> np.ndarray:
+def _as_colours(image: Tensor) -> np.ndarray:
     """Pixels (C, H, W) of any normalisation as colours (H, W, 3) between 0 and 1."""
-    spread = (picture - picture.min()) / (picture.max() - picture.min()).clamp(min=1e-12)
+    spread = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-12)
     colours: np.ndarray = spread.expand(3, -1, -1).permute(1, 2, 0).numpy()
     return colours
 
 
-def _overlay(axes: Axes, picture: np.ndarray, weights: np.ndarray, largest: float) -> Any:
-    height, width = picture.shape[:2]
+def _overlay(axes: Axes, image: np.ndarray, weights: np.ndarray, largest: float) -> Any:
+    height, width = image.shape[:2]
     extent = (0, width, height, 0)
-    axes.imshow(picture.mean(-1), cmap="gray", extent=extent)
+    axes.imshow(image.mean(-1), cmap="gray", extent=extent)
     return axes.imshow(weights, cmap="inferno", vmin=0, vmax=largest, alpha=0.65, extent=extent)

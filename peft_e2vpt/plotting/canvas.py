@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""An empty figure, from a matplotlib that is imported when the first picture is drawn."""
+"""An empty figure, from a matplotlib that is imported when the first figure is drawn."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'peft_e2vpt[plot]'.") from error
+        raise ImportError("Figures need matplotlib: pip install 'peft_e2vpt[plot]'.") from error
     return Figure(figsize=(width, height), layout="constrained")

@@ -20,7 +20,7 @@ def plot_methods(rows: Sequence[dict[str, Any]], *, metric: str = "accuracy") ->
     Of a method with several rows, one a seed, the mean is drawn with a bar from the smallest to the largest. The
     legend has the trained parameters, head included, and their percentage of the model.
 
-    Thumbnail: `docs/pictures/methods.png`.
+    Thumbnail: `docs/figures/methods.png`.
 
     Args:
         rows: one or more for each method, with `method`, `trained` (parameters), `percent` (of the model) and the

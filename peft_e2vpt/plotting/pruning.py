@@ -21,7 +21,7 @@ def plot_pruning(report: PruningReport) -> Figure:
     Left, a square per prompt, darker where its importance is a larger part of its layer's largest; a cross where it
     was pruned. Right, a square per segment of every prompt, filled where it was kept (paper section 3.3).
 
-    Thumbnail: `docs/pictures/e2vpt-pruned-pruning.png`.
+    Thumbnail: `docs/figures/e2vpt-pruned-pruning.png`.
 
     Args:
         report: the report of a pruning, `callback.report` or `PruningReport.load(folder)`.

@@ -35,7 +35,7 @@ def plot_run(
     `eval_strategy="epoch"`. Where a report is given, a line marks the step after which prompts were scored, pruned and
     rewound, and the two parts of the run are named.
 
-    Thumbnail: `docs/pictures/e2vpt-pruned-run.png`.
+    Thumbnail: `docs/figures/e2vpt-pruned-run.png`.
 
     Args:
         log_history: `trainer.state.log_history`, or that of `TrainerState.load_from_json("trainer_state.json")`.

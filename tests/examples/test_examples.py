@@ -236,13 +236,13 @@ def test_finetune_resumes_to_the_same_weights(finished, pictures, tiny_vit, tmp_
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
 
 
-def test_every_picture_of_a_run_is_drawn_with_one_command(finished, pictures, tmp_path, monkeypatch):
+def test_every_figure_of_a_run_is_drawn_with_one_command(finished, pictures, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    import pictures as script
+    import figures as script
 
     output, _ = finished
-    arguments = [output, "--train_dir", pictures, "--train_val_split", 0.34, "--pictures_dir", tmp_path, "--dpi", 30]
-    monkeypatch.setattr(sys, "argv", ["pictures.py", *map(str, arguments)])
+    arguments = [output, "--train_dir", pictures, "--train_val_split", 0.34, "--figures_dir", tmp_path, "--dpi", 30]
+    monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, arguments)])
     script.main()
     prompted = ["e2vpt", "e2vpt-pruned", "vpt-deep", "vpt-shallow"]
     expected = {"methods", "embeddings", "e2vpt-pruned-pruning", *(f"{method}-run" for method in METHODS)}
@@ -252,12 +252,12 @@ def test_every_picture_of_a_run_is_drawn_with_one_command(finished, pictures, tm
 
 def test_attention_maps_can_be_drawn_of_files(finished, pictures):
     pytest.importorskip("matplotlib")
-    import pictures as script
+    import figures as script
 
     output, _ = finished
     files = sorted((pictures / "dark").iterdir())[:2]
-    args = script.PictureArguments(maps_of=[str(file) for file in files], maps_size=64)
-    batch = script.load_pictures_of_maps(args, None, output / "e2vpt")
+    args = script.FigureArguments(maps_of=[str(file) for file in files], maps_size=64)
+    batch = script.load_images_of_maps(args, None, output / "e2vpt")
     assert batch["pixel_values"].shape == (2, 3, 64, 64)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""What the pictures show: the numbers that are drawn are those that were measured."""
+"""What the figures show: the numbers that are drawn are those that were measured."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from peft_e2vpt.plotting import (
     plot_prompt_attention,
     plot_pruning,
     plot_run,
-    poincare_disk,
     principal_components,
     rollout,
 )
@@ -35,6 +34,7 @@ from tests.support.training import trainer_for
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
 
 REPORT = PruningReport(
     step=12,
@@ -116,7 +116,7 @@ def test_a_kind_of_prompt_that_an_adapter_lacks_is_not_drawn() -> None:
     assert bars.get_label() == "to key-value prompts"
 
 
-# ------------------------------------------------------------------------------------------ where in a picture
+# ------------------------------------------------------------------------------------------ where in an image
 @torch.no_grad()
 def test_rollout_is_the_product_of_the_layers_with_their_residual_connections() -> None:
     model, inputs = adapt(dtype=torch.float64)
@@ -176,9 +176,9 @@ def test_drawing_maps_leaves_the_model_as_it_was() -> None:
     assert torch.equal(predict(model, inputs), expected)
 
 
-def test_windows_have_no_map_over_the_whole_picture() -> None:
+def test_windows_have_no_map_over_the_whole_image() -> None:
     model, inputs = adapt("swin")
-    with pytest.raises(ValueError, match="no map over the whole picture"):
+    with pytest.raises(ValueError, match="no map over the whole image"):
         plot_attention_maps(model, inputs)
 
 
@@ -257,41 +257,36 @@ def test_without_rows_there_is_nothing_to_draw() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ embeddings
-def test_principal_components_are_those_of_scikit_learn() -> None:
-    decomposition = pytest.importorskip("sklearn.decomposition")
+def test_principal_components_are_those_of_a_singular_value_decomposition() -> None:
     vectors = torch.randn(30, 6).double() @ torch.randn(6, 6).double() + 5
-    pca = decomposition.PCA(2).fit(vectors)
-    expected = torch.from_numpy(pca.transform(vectors))
+    left, values, _ = torch.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
     found, shares = principal_components(vectors)
-    torch.testing.assert_close(found.abs(), expected.abs())
-    torch.testing.assert_close(shares, torch.from_numpy(pca.explained_variance_ratio_))
-    torch.testing.assert_close(principal_components(vectors.flip(0))[0].flip(0), found)
+    torch.testing.assert_close(found.abs(), (left * values)[:, :2].abs())
+    torch.testing.assert_close(shares, values[:2].square() / values.square().sum())
 
 
-def test_the_disk_keeps_directions_and_measures_twice_the_length_of_a_vector() -> None:
-    vectors = torch.randn(50, 2).double()
-    points = poincare_disk(vectors)
-    lengths = points.norm(dim=-1)
-    assert (lengths < 1).all()
-    distances = torch.acosh(1 + 2 * lengths.square() / (1 - lengths.square()))  # to the origin, curvature -1
-    torch.testing.assert_close(distances, 2 * vectors.norm(dim=-1))
-    torch.testing.assert_close(points / lengths[:, None], vectors / vectors.norm(dim=-1, keepdim=True))
-    assert poincare_disk(torch.zeros(1, 2)).tolist() == [[0, 0]]
+def test_the_order_of_embeddings_does_not_turn_a_figure_over() -> None:
+    vectors = torch.randn(30, 6).double()
+    torch.testing.assert_close(principal_components(vectors.flip(0))[0].flip(0), principal_components(vectors)[0])
 
 
-def test_embeddings_of_each_class_are_drawn_in_the_plane_and_in_the_disk() -> None:
+def test_embeddings_of_each_class_are_drawn_at_their_principal_components() -> None:
     vectors = torch.randn(12, 6).double()
     labels = [0, 1, 2] * 4
     figure = plot_embeddings({"linear": vectors, "e2vpt": 2 * vectors}, labels, ["cat", "dog", "owl"])
     plane, shares = principal_components(vectors)
-    disk = poincare_disk(plane / (2 * plane[:, 0].std()))
-    above, above_doubled, below, below_doubled = figure.axes
-    for axes, expected in ((above, plane), (above_doubled, 2 * plane), (below, disk), (below_doubled, disk)):
+    for axes, expected in zip(figure.axes, (plane, 2 * plane), strict=True):
         assert [points.get_label() for points in axes.collections] == ["cat", "dog", "owl"]
         for label, points in enumerate(axes.collections):
             assert points.get_offsets().tolist() == [pytest.approx(point) for point in expected[label::3].tolist()]
-    assert above.get_xlabel() == f"component 1 ({shares[0].item():.0%} of variance)"
-    assert [axes.get_title() for axes in figure.axes] == ["linear", "e2vpt", "", ""]
+        assert axes.get_xlabel() == f"component 1 ({shares[0].item():.0%} of variance)"
+    assert [axes.get_title() for axes in figure.axes] == ["linear", "e2vpt"]
+
+
+def test_without_scikit_learn_principal_components_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)
+    with pytest.raises(ImportError, match=r"scikit-learn: pip install 'peft_e2vpt\[plot\]'"):
+        principal_components(torch.randn(4, 3))
 
 
 @pytest.mark.parametrize(
@@ -338,17 +333,17 @@ DRAWINGS: dict[str, Callable[[Any, dict[str, Tensor]], Any]] = {
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
-def test_every_picture_can_be_written_and_none_needs_pyplot(
+def test_every_figure_can_be_written_and_none_needs_pyplot(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it would fail
     model, inputs = adapt("dinov2")
-    DRAWINGS[name](model, inputs).savefig(tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    DRAWINGS[name](model, inputs).savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
-def test_without_matplotlib_every_picture_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_every_figure_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = adapt("dinov2")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'peft_e2vpt\[plot\]'"):

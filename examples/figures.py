@@ -1,8 +1,8 @@
-"""Draw every picture of a run of `finetune.py`: prompts, attention, training, methods, embeddings.
+"""Draw every figure of a run of `finetune.py`: prompts, attention, training, methods, embeddings.
 
 ```bash
 python examples/finetune.py --prune --eval_strategy epoch   # accuracies during the run are drawn if there are any
-python examples/pictures.py runs/finetune                   # writes runs/finetune/pictures/*.png
+python examples/figures.py runs/finetune                    # writes runs/finetune/figures/*.png
 ```
 
 With data of your own, pass the same options as to `finetune.py`: `--train_dir`, `--dataset_name`, ...
@@ -13,10 +13,10 @@ With data of your own, pass the same options as to `finetune.py`: `--train_dir`,
 | `METHOD-run.png` | loss, accuracy and learning rate, with the phases of pruning |
 | `METHOD-pruning.png` | importance of every prompt, and what was pruned |
 | `METHOD-prompt_attention.png` | attention that the class token and the patches give to prompts, layer by layer |
-| `METHOD-attention_maps.png` | where in a few pictures attention goes, with and without prompts |
-| `embeddings.png` | class tokens of the pictures, without prompts and with those of each method |
+| `METHOD-attention_maps.png` | where in a few images attention goes, with and without prompts |
+| `embeddings.png` | class tokens of the images, without prompts and with those of each method |
 
-Pictures come from the split that `finetune.py` reports. `peft_e2vpt.plotting` has the functions.
+Images come from the split that `finetune.py` reports. `peft_e2vpt.plotting` has the functions.
 """
 
 from __future__ import annotations
@@ -40,37 +40,37 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class PictureArguments:
+class FigureArguments:
     """What is drawn, and where it goes."""
 
-    pictures_dir: str | None = field(default=None, metadata={"help": "Where pictures go. Default: RUN/pictures."})
+    figures_dir: str | None = field(default=None, metadata={"help": "Where figures go. Default: RUN/figures."})
     dpi: int = field(default=120, metadata={"help": "Dots per inch."})
     colours: int | None = field(
-        default=None, metadata={"help": "Colours of a picture, for small files, at most 256. Default: all."}
+        default=None, metadata={"help": "Colours of a figure, for small files, at most 256. Default: all."}
     )
-    num_pictures: int = field(default=200, metadata={"help": "Pictures to measure attention and embeddings on."})
-    num_maps: int = field(default=3, metadata={"help": "Pictures to draw attention maps of."})
+    num_images: int = field(default=200, metadata={"help": "Images to measure attention and embeddings on."})
+    num_maps: int = field(default=3, metadata={"help": "Images to draw attention maps of."})
     maps_of: list[str] | None = field(
-        default=None, metadata={"help": "Files to draw attention maps of, instead of pictures of the data set."}
+        default=None, metadata={"help": "Files to draw attention maps of, instead of images of the dataset."}
     )
     maps_size: int | None = field(
-        default=None, metadata={"help": "Side of the pictures of attention maps in pixels. Default: as in the run."}
+        default=None, metadata={"help": "Side of the images of attention maps in pixels. Default: as in the run."}
     )
-    seed: int = field(default=0, metadata={"help": "Of the run, and of the choice of pictures."})
+    seed: int = field(default=0, metadata={"help": "Of the run, and of the choice of images."})
 
 
-def load_pictures(args: PictureArguments, data_args: DataArguments) -> Dataset:
-    """Chooses pictures of the split that `finetune.py` reports."""
+def load_images(args: FigureArguments, data_args: DataArguments) -> Dataset:
+    """Chooses images of the split that `finetune.py` reports."""
     splits = load_splits(data_args, args.seed)
-    pictures = splits[reported_split(splits)].shuffle(seed=args.seed)
-    return pictures.select(range(min(args.num_pictures, len(pictures))))
+    images = splits[reported_split(splits)].shuffle(seed=args.seed)
+    return images.select(range(min(args.num_images, len(images))))
 
 
-def load_pictures_of_maps(args: PictureArguments, pictures: Dataset, folder: Path) -> dict[str, torch.Tensor]:
-    """Loads the pictures to draw attention maps of, from files or among those of the data set, as a batch."""
+def load_images_of_maps(args: FigureArguments, images: Dataset, folder: Path) -> dict[str, torch.Tensor]:
+    """Loads the images to draw attention maps of, from files or among those of the dataset, as a batch."""
     from PIL import Image
 
-    shown = [Image.open(path) for path in args.maps_of] if args.maps_of else pictures[: args.num_maps]["image"]
+    shown = [Image.open(path) for path in args.maps_of] if args.maps_of else images[: args.num_maps]["image"]
     transform = picture_transform(load_processor(str(folder), args.maps_size))
     return {"pixel_values": transform({"image": shown, "label": []})["pixel_values"]}
 
@@ -93,7 +93,7 @@ def draw_run(folder: Path) -> Iterator[tuple[str, Figure]]:
 def draw_attention(
     model: PeftModel, batch: dict[str, torch.Tensor], of_maps: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, Figure]]:
-    """Draws how much attention prompts get, and where in pictures the rest goes."""
+    """Draws how much attention prompts get, and where in images the rest goes."""
     from peft_e2vpt.attention_maps import prompt_attention
     from peft_e2vpt.plotting import plot_attention_maps, plot_prompt_attention
 
@@ -107,8 +107,8 @@ def is_e2vpt(folder: Path) -> bool:
     return config.exists() and json.loads(config.read_text())["peft_type"] == "E2VPT"
 
 
-def draw(run: Path, args: PictureArguments, data_args: DataArguments) -> Iterator[tuple[str, Figure]]:
-    """Yields the name of every picture, and the picture."""
+def draw(run: Path, args: FigureArguments, data_args: DataArguments) -> Iterator[tuple[str, Figure]]:
+    """Yields the name of every figure, and the figure."""
     import peft_e2vpt
     from peft_e2vpt.embeddings import class_token_embeddings
     from peft_e2vpt.plotting import plot_embeddings, plot_methods
@@ -124,10 +124,10 @@ def draw(run: Path, args: PictureArguments, data_args: DataArguments) -> Iterato
     if not adapted:
         return
     first = next(iter(adapted.values()))
-    pictures = load_pictures(args, data_args)
+    images = load_images(args, data_args)
     transform = picture_transform(load_processor(str(first), image_size=None))
-    pixels = {"pixel_values": collate(list(pictures.with_transform(transform)))["pixel_values"]}
-    of_maps = load_pictures_of_maps(args, pictures, first)
+    pixels = {"pixel_values": collate(list(images.with_transform(transform)))["pixel_values"]}
+    of_maps = load_images_of_maps(args, images, first)
     embeddings = {}
     for method, folder in adapted.items():
         model = peft_e2vpt.load(folder)
@@ -137,18 +137,18 @@ def draw(run: Path, args: PictureArguments, data_args: DataArguments) -> Iterato
             with model.disable_adapter():
                 embeddings["without prompts"] = class_token_embeddings(model, pixels)
         embeddings[method] = class_token_embeddings(model, pixels)
-    yield "embeddings", plot_embeddings(embeddings, pictures["label"], pictures.features["label"].names)
+    yield "embeddings", plot_embeddings(embeddings, images["label"], images.features["label"].names)
 
 
 def main() -> None:
     from PIL import Image
 
-    parser = HfArgumentParser((PictureArguments, DataArguments), description=__doc__.split("\n")[0])
+    parser = HfArgumentParser((FigureArguments, DataArguments), description=__doc__.split("\n")[0])
     parser.add_argument(
         "run", nargs="?", type=Path, default=Path("runs/finetune"), help="Output folder of finetune.py."
     )
     args, data_args, others = parser.parse_args_into_dataclasses()
-    target = Path(args.pictures_dir or others.run / "pictures")
+    target = Path(args.figures_dir or others.run / "figures")
     target.mkdir(parents=True, exist_ok=True)
     for name, figure in draw(others.run, args, data_args):
         path = target / f"{name}.png"

@@ -1,0 +1,82 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""`peft-e2vpt card`: the model card of a saved adapter, made anew."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .files import CARD_NAME, find_file
+from .messages import with_models
+from .options import Adapter, Base, Revision, Subfolder
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+
+def card(
+    adapter: Adapter,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    base: Base = None,
+    write: Annotated[bool, typer.Option("--write", help="Write README.md into the folder of the adapter.")] = False,
+) -> None:
+    """Print the model card of a saved adapter, or write it. Results of an earlier card are kept."""
+    with with_models():
+        if write and not Path(adapter).is_dir():
+            raise ValueError(f"{adapter} is no folder to write a card into; peft_e2vpt.push_to_hub uploads one.")
+        with TemporaryDirectory() as empty:
+            folder = Path(adapter, subfolder or "") if write else Path(empty)
+            _write_card(adapter, revision, subfolder, base, folder)
+            text = f"Wrote {folder / CARD_NAME}." if write else (folder / CARD_NAME).read_text(encoding="utf-8")
+        print(text)
+
+
+def _write_card(adapter: str, revision: str | None, subfolder: str | None, base: str | None, folder: Path) -> None:
+    """Writes the card of an adapter into a folder; the files that the card mentions are copied there."""
+    from peft_e2vpt.hub.card import PROCESSOR_NAMES, Location, stated_results, write_card
+    from peft_e2vpt.hub.companion import facts_of
+    from peft_e2vpt.hub.loading import load_in_outline
+    from peft_e2vpt.pruning.report import REPORT_NAME
+
+    model = load_in_outline(adapter, revision=revision, subfolder=subfolder, base_model=base)
+    for name in (CARD_NAME, REPORT_NAME, *PROCESSOR_NAMES):
+        try:
+            path = find_file(adapter, name, revision, subfolder)
+        except ValueError:  # an adapter need not have it
+            continue
+        if path.parent != folder:
+            shutil.copy(path, folder / name)
+    earlier = _earlier_card(folder / CARD_NAME, adapter)
+    write_card(
+        folder,
+        facts_of(model, model.peft_config["default"], "default"),
+        Location(adapter, revision, subfolder),
+        metrics={} if earlier is None else stated_results(earlier),
+        earlier=None if earlier is None else earlier.data,
+    )
+
+
+def _earlier_card(path: Path, adapter: str) -> ModelCard | None:
+    """The card that is to be replaced, `None` if there is none; one that somebody has edited is refused."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    from peft_e2vpt.hub.card import BY_A_TRAINER, is_replaceable
+
+    if not path.exists():
+        return None
+    text = path.read_text(encoding="utf-8")
+    if not is_replaceable(text) and BY_A_TRAINER not in text:
+        raise ValueError(
+            f"Somebody has edited the card of {adapter}, so it stays: remove {CARD_NAME} to have it made anew."
+        )
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True)
+    except YAMLError as error:
+        raise ValueError(f"The metadata at the top of the card of {adapter} are not valid YAML: fix them.") from error
