@@ -1,34 +1,45 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""The oldest versions of other packages that this one works with, checked before any of them is imported."""
+"""The lowest versions of other packages that this one works with, checked before any of them is imported."""
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, requires, version
 
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 
-OLDEST = {  # as install_requires in setup.cfg
-    "torch": "2.6",
-    "transformers": "5.0",
-    "peft": "0.21",
-    "accelerate": "1.10",
-    "huggingface_hub": "1.3",
-    "Jinja2": "3.1",
-}
+PACKAGE = "peft_e2vpt"
 
 
 def check_requirements() -> None:
-    """Checks the versions that are installed; a pre-release counts as its release.
+    """Compares the installed versions with those that `setup.cfg` asks for; a pre-release counts as its release.
+
+    The list is that of the installed package. A source tree that is only on the path has none, and is not checked.
 
     Raises:
-        ImportError: a package is missing or too old; the message names all that are too old.
+        ImportError: packages are missing or too old; the message names all of them.
     """
-    found = {name: version(name) for name in OLDEST}
-    old = [name for name in OLDEST if Version(Version(found[name]).base_version) < Version(OLDEST[name])]
-    if old:
+    try:
+        needed = [Requirement(text) for text in requires(PACKAGE) or []]
+    except PackageNotFoundError:
+        return
+    always = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    wrong = [(one, found) for one in always if not _fits(one, found := _version_of(one.name))]
+    if wrong:
         raise ImportError(
-            f"peft_e2vpt needs {', '.join(f'{name}>={OLDEST[name]}' for name in old)}, but found "
-            f"{', '.join(f'{name} {found[name]}' for name in old)}: run pip install --upgrade "
-            f"{' '.join(old)}."
+            f"{PACKAGE} needs {', '.join(f'{one.name}{one.specifier}' for one, _ in wrong)}, but found "
+            f"{', '.join(f'{one.name} {found}' if found else f'no {one.name}' for one, found in wrong)}: run "
+            f"pip install --upgrade {' '.join(one.name for one, _ in wrong)}."
         )
+
+
+def _version_of(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _fits(needed: Requirement, found: str | None) -> bool:
+    return found is not None and Version(found).base_version in needed.specifier

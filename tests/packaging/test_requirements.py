@@ -4,6 +4,7 @@
 import subprocess
 import sys
 from configparser import ConfigParser
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
@@ -11,13 +12,40 @@ from peft_e2vpt import requirements
 from tests.support.paths import ROOT
 
 
-def test_the_versions_are_those_that_pip_installs():
+def test_the_versions_are_those_of_the_installed_package(monkeypatch):
+    seen = []
+    monkeypatch.setattr(requirements, "version", lambda name: seen.append(name) or "99")
+    requirements.check_requirements()
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    installed = setup["options"]["install_requires"].split()
-    of_command_line = {"rich", "typer"}  # imported by `python -m peft_e2vpt` alone
-    imported = [entry for entry in installed if entry.split(">=")[0] not in of_command_line]
-    assert imported == [f"{name}>={oldest}" for name, oldest in requirements.OLDEST.items()]
+    assert seen == [entry.split(">=")[0] for entry in setup["options"]["install_requires"].split()]
+
+
+def test_what_an_extra_needs_is_not_asked_for(monkeypatch):
+    needed = ["peft>=0.21", 'matplotlib>=3.8; extra == "plot"', 'tomli>=2; python_version < "3"']
+    monkeypatch.setattr(requirements, "requires", lambda name: needed)
+    monkeypatch.setattr(requirements, "version", lambda name: {"peft": "0.21"}[name])
+    requirements.check_requirements()
+
+
+def test_a_source_tree_that_is_not_installed_is_not_checked(monkeypatch):
+    def none(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(requirements, "requires", none)
+    monkeypatch.setattr(requirements, "version", lambda name: "0.1")
+    requirements.check_requirements()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def found(name):
+        if name == "accelerate":
+            raise PackageNotFoundError(name)
+        return "99"
+
+    monkeypatch.setattr(requirements, "version", found)
+    with pytest.raises(ImportError, match="needs accelerate>=1.10, but found no accelerate: run pip install"):
+        requirements.check_requirements()
 
 
 @pytest.mark.parametrize("found", ["0.21", "0.21.0", "0.22.0.dev0", "0.21.0rc1", "0.21.2+cu130", "1.0"])
