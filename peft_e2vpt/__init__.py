@@ -24,6 +24,7 @@ from .tuner.model import E2VPTModel
 from .tuner.summary import PromptSummary
 from .version import __version__
 
+
 register(E2VPTConfig, E2VPTModel)
 E2VPTConfig.companion = AdapterCompanion()
 

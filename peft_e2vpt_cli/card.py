@@ -39,7 +39,7 @@ def card(
 
 def _write_card(adapter: str, revision: str | None, subfolder: str | None, base: str | None, folder: Path) -> None:
     """Writes the card of an adapter into a folder; the files that the card mentions are copied there."""
-    from peft_e2vpt.hub.card import PROCESSOR_NAMES, Location, stated_results, write_card
+    from peft_e2vpt.hub.card import PROCESSOR_NAMES, Location, results_in_text, write_card
     from peft_e2vpt.hub.companion import facts_of
     from peft_e2vpt.hub.loading import load_in_outline
     from peft_e2vpt.pruning.report import REPORT_NAME
@@ -52,12 +52,14 @@ def _write_card(adapter: str, revision: str | None, subfolder: str | None, base:
             continue
         if path.parent != folder:
             shutil.copy(path, folder / name)
-    earlier = _earlier_card(folder / CARD_NAME, adapter)
+    earlier, results = _earlier_card(folder / CARD_NAME, adapter), {}
+    if earlier is not None and not earlier.data.get("eval_results"):
+        results = results_in_text(earlier.text)
     write_card(
         folder,
         facts_of(model, model.peft_config["default"], "default"),
         Location(adapter, revision, subfolder),
-        metrics={} if earlier is None else stated_results(earlier),
+        metrics=results,
         earlier=None if earlier is None else earlier.data,
     )
 
@@ -77,6 +79,7 @@ def _earlier_card(path: Path, adapter: str) -> ModelCard | None:
             f"Somebody has edited the card of {adapter}, so it stays: remove {CARD_NAME} to have it made anew."
         )
     try:
-        return ModelCard.load(path, ignore_metadata_errors=True)
+        earlier: ModelCard = ModelCard.load(path, ignore_metadata_errors=True)
     except YAMLError as error:
         raise ValueError(f"The metadata at the top of the card of {adapter} are not valid YAML: fix them.") from error
+    return earlier

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, deserialize
 
-from .files import CARD_KEY, CARD_NAME, WEIGHTS_NAME, find_file, read_config
+from .files import CARD_NAME, METADATA_KEY, WEIGHTS_NAME, find_file, read_config
 
 
 PREFIX = "base_model.model.e2vpt."
@@ -184,17 +184,16 @@ def _percentage_of_card(where: str, revision: str | None, subfolder: str | None,
 
 
 def _counts_of_card(path: Path) -> tuple[int | None, float | None]:
-    """The trained parameters, and their percentage of the model, that the metadata of a card state."""
-    from huggingface_hub import ModelCard
+    """The trained parameters, and their percentage of the model, that a card states."""
+    from huggingface_hub import metadata_load
     from yaml import YAMLError
 
     try:
-        card = ModelCard.load(path, ignore_metadata_errors=True)
+        stated = (metadata_load(path) or {}).get(METADATA_KEY)
     except (YAMLError, ValueError):  # somebody has edited it
         return None, None
-    stated = card.data.get(CARD_KEY)
     if isinstance(stated, dict):
         return stated.get("trained_parameters"), stated.get("tuned_percentage")
     # cards of version 0.1.0 say it in their text only
-    found = re.search(r"\*\*([\d,]+) values, ([\d.]+) % of the model\*\*", card.text)
+    found = re.search(r"\*\*([\d,]+) values, ([\d.]+) % of the model\*\*", path.read_text(encoding="utf-8"))
     return (int(found[1].replace(",", "")), float(found[2])) if found is not None else (None, None)

@@ -1,7 +1,7 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """Finds and reads the files of an adapter without PEFT.
 
-The names and numbers here are those of PEFT and of `peft_e2vpt`, whose import would take seconds; a test compares them.
+Names and numbers are those of PEFT and of `peft_e2vpt`, whose import would take seconds. A test compares them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
-CARD_KEY = "e2vpt"
+METADATA_KEY = "e2vpt"
 
 
 def find_file(where: str, name: str, revision: str | None = None, subfolder: str | None = None) -> Path:

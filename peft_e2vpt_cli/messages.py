@@ -12,7 +12,7 @@ import typer
 
 @contextmanager
 def errors_in_one_sentence() -> Iterator[None]:
-    """Prints an error that users can mend as one sentence, and exits with code 1. Other errors keep their traceback."""
+    """Prints an error that users can mend as one sentence and exits with code 1; others keep their traceback."""
     try:
         yield
     except BrokenPipeError:

@@ -210,9 +210,7 @@ def _apply_and_save(
     return _Pruned(after, found)
 
 
-def _show(
-    trained: _Trained, measured: _Measured, pruned: _Pruned, search: PruningSearch | None, output: Path
-) -> None:
+def _show(trained: _Trained, measured: _Measured, pruned: _Pruned, search: PruningSearch | None, output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 

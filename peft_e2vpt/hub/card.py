@@ -23,7 +23,8 @@ from ..tuner.summary import PromptSummary
 
 
 CARD_NAME = "README.md"
-PICTURE_NAME = "pruning.png"
+FIGURE_NAME = "pruning.png"
+METADATA_KEY = "e2vpt"
 PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
 # what a model does, by what its class is called
 TASKS = {
@@ -42,9 +43,9 @@ class AdapterFacts:
     """What a card tells of an adapter.
 
     Attributes:
-        summary: what is alive in it.
+        summary: what is kept in it.
         base_model: name or path of the model that it adapts, empty where it was built from a config.
-        task: the Hub's name of what the model does, `None` where its class does not say.
+        task: the Hub's name of what the model does, `None` if its class does not say.
     """
 
     summary: PromptSummary
@@ -76,22 +77,15 @@ class Location:
         return ", ".join(arguments)
 
 
-def stated_percentage(text: str) -> tuple[int, float] | None:
-    """The tuned values, and their percentage of the model, that a card of this package states."""
-    found = re.search(r"\*\*([\d,]+) values, ([\d.]+) % of the model\*\*", text)
-    return None if found is None else (int(found[1].replace(",", "")), float(found[2]))
-
-
-def stated_results(card: ModelCard) -> dict[str, float]:
-    """The results that a card states: those of its metadata, or those of this package's table."""
-    results = {result.metric_type: float(result.metric_value) for result in card.data.get("eval_results") or []}
-    _, _, table = card.text.partition("\n## Results\n")
+def results_in_text(text: str) -> dict[str, float]:
+    """The results in the table of a card; those of version 0.1.0 are not in its metadata if it names no dataset."""
+    _, _, table = text.partition("\n## Results\n")
     rows = re.findall(r"^\| (\S+) \| ([-+.\de]+) \|$", table.partition("\n## ")[0], flags=re.MULTILINE)
-    return {name: float(value) for name, value in rows} | results
+    return {name: float(value) for name, value in rows}
 
 
 def task_of(model: nn.Module) -> str | None:
-    """The Hub's name of what a model does, `None` where its class does not say."""
+    """The Hub's name of what a model does, `None` if its class does not say."""
     return next((task for part, task in TASKS.items() if part in type(model).__name__), None)
 
 
@@ -109,25 +103,25 @@ def write_card(
     metrics: dict[str, float] | None = None,
     earlier: CardData | None = None,
 ) -> None:
-    """Writes the card of the adapter in a folder, and the picture of its pruning where its report lies there.
+    """Writes the card of the adapter in a folder, and the figure of its pruning if its report lies there.
 
-    The picture needs matplotlib; without it the card tells the numbers.
+    The figure needs matplotlib; without it the card tells the numbers.
 
     Args:
         folder: where the adapter has been saved.
         facts: what the card tells.
         location: where readers find the adapter, by default the folder.
-        dataset: the Hub's name of the data that it was trained on.
+        dataset: name on the Hub of the dataset that it was trained on.
         metrics: results by name; the names of a Trainer's `evaluate()` are understood.
-        earlier: metadata of an earlier card; data, results, licence and language are taken from there where this call
+        earlier: metadata of an earlier card; dataset, results, licence and language are taken from there if this call
             does not give them.
     """
     folder = Path(folder)
     location = location or Location(str(folder))
     title = (location.subfolder or location.name).rstrip("/").split("/")[-1]
-    results = _results(metrics or {})
+    metadata = _metadata(facts, title, dataset, _results(metrics or {}), earlier)
     card = ModelCard.from_template(
-        _metadata(facts, title, dataset, results, earlier),
+        metadata,
         template_path=str(Path(__file__).with_name("card_template.md")),
         marker=MARKER,
         title=title,
@@ -138,7 +132,7 @@ def write_card(
         summary=str(facts.summary),
         snippet=f"import peft_e2vpt\n\nmodel = peft_e2vpt.load({location})",
         classify=_classify(folder, facts, location),
-        results="\n".join(f"| {name} | {value:.4g} |" for name, value in results.items()),
+        results="\n".join(_row(result) for result in metadata.eval_results or []),
         pruning=_pruning(folder),
     )
     card.save(folder / CARD_NAME)
@@ -151,6 +145,7 @@ def _metadata(
     results: dict[str, float],
     earlier: CardData | None,
 ) -> ModelCardData:
+    """What the Hub and `peft-e2vpt inspect` read. Counts have a key of our own, as the Hub has none for them."""
     settings: dict[str, Any] = {}
     if earlier is not None:
         kept = ("datasets", "metrics", "license", "license_name", "license_link", "language")
@@ -163,18 +158,29 @@ def _metadata(
         tags.append(f"base_model:adapter:{facts.base_model}")
     if dataset is not None:
         settings["datasets"] = [dataset]
-    scores = {name: value for name, value in results.items() if name != "loss"}
-    if scores:
-        settings["metrics"] = list(scores)
-    if scores and dataset is not None and facts.task is not None:  # the Hub takes results with task and data only
+    if results:
+        settings["metrics"] = [name for name in results if name != "loss"] or None
         settings["model_name"] = title
         settings["eval_results"] = [
             EvalResult(
-                task_type=facts.task, dataset_type=dataset, dataset_name=dataset, metric_type=name, metric_value=value
+                task_type=facts.task or "other",
+                dataset_type=dataset or "unknown",  # as sentence-transformers and SetFit write it
+                dataset_name=dataset or "Unknown",
+                metric_type=name,
+                metric_value=float(value),
             )
-            for name, value in scores.items()
+            for name, value in results.items()
         ]
+    settings[METADATA_KEY] = {
+        "trained_parameters": facts.summary.num_tuned_values,
+        "tuned_percentage": round(facts.summary.tuned_percentage, 6),
+    }
     return ModelCardData(library_name="peft", pipeline_tag=facts.task, tags=tags, **settings)
+
+
+def _row(result: EvalResult) -> str:
+    value = result.metric_value
+    return f"| {result.metric_type} | {f'{value:.4g}' if isinstance(value, (int, float)) else value} |"
 
 
 def _is_repo_id(name: str) -> bool:
@@ -195,7 +201,7 @@ def _results(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _classify(folder: Path, facts: AdapterFacts, location: Location) -> str | None:
-    """Code that asks the model for the classes of a picture, where an image processor lies beside the adapter."""
+    """Code that classifies an image, if an image processor lies beside the adapter."""
     at_root = location.revision is None and location.subfolder is None  # a pipeline looks nowhere else
     if facts.task != "image-classification" or not at_root:
         return None
@@ -212,11 +218,11 @@ def _pruning(folder: Path) -> str | None:
         return None
     report = PruningReport.load(folder)
     text = (
-        f"Pruned {report.when}, from {report.tuned_values_before:,} tuned values "
+        f"Pruned {report.when}, from {report.tuned_values_before:,} trained parameters "
         f"({report.tuned_percentage_before:.3f} %) to {report.tuned_values_after:,} "
         f"({report.tuned_percentage_after:.3f} %)."
     )
     if find_spec("matplotlib") is None:
         return text
-    plot_pruning(report).savefig(folder / PICTURE_NAME, dpi=100)
-    return f"{text}\n\n![Importance of every prompt, and the segments that were kept]({PICTURE_NAME})"
+    plot_pruning(report).savefig(folder / FIGURE_NAME, dpi=100)
+    return f"{text}\n\n![Importance of every prompt, and the segments that were kept]({FIGURE_NAME})"

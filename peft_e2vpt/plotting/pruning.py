@@ -50,7 +50,7 @@ def plot_pruning(report: PruningReport) -> Figure:
         right.axvline(edge * num_segments - 0.5, color="white", linewidth=2)
     right.set(title=f"Segments kept ({int(segments.sum())} of {segments.size})", xlabel="prompt", ylabel="layer")
     figure.suptitle(
-        f"Pruned {report.when}: {report.tuned_values_before:,} tuned values "
+        f"Pruned {report.when}: {report.tuned_values_before:,} trained parameters "
         f"({report.tuned_percentage_before:.2f} % of the model) to {report.tuned_values_after:,} "
         f"({report.tuned_percentage_after:.2f} %)"
     )

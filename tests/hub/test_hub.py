@@ -92,8 +92,10 @@ def read(hub):
 
 # ----------------------------------------------------------------------------------------------------------- the cards
 def test_a_card_has_what_the_hub_sorts_adapters_by(hub):
-    card = metadata_of(hub.card("tester/trees"))
-    results = card.pop("model-index")
+    text = hub.card("tester/trees")
+    card = metadata_of(text)
+    results, counts = card.pop("model-index"), card.pop("e2vpt")
+    assert f"**{counts['trained_parameters']:,} parameters, {counts['tuned_percentage']:.3f} % of the model**" in text
     assert card == {
         "library_name": "peft",
         "base_model": "tester/vit",
@@ -113,7 +115,7 @@ def test_a_card_tells_how_much_was_tuned_and_what_is_left_in_every_layer(hub):
     assert "vit.layers.1.attention" in card
     rows = [line.split() for line in card.splitlines() if line.endswith(".attention")]
     assert [row[:3] for row in rows] == [["0", "0", "0"], ["1", "3", "11"], ["2", "3", "11"]]
-    assert "**533 values, " in card
+    assert "**533 parameters, " in card
     assert "| accuracy | 0.875 |" in hub.card("tester/trees") and "runtime" not in hub.card("tester/trees")
 
 
@@ -146,7 +148,7 @@ def test_what_a_trainer_uploads_has_the_tags_and_its_card_gives_its_data_to_ours
     assert card["pipeline_tag"] == "image-classification"
 
 
-def test_a_pruned_adapter_has_the_picture_of_its_pruning(hub):
+def test_a_pruned_adapter_has_the_figure_of_its_pruning(hub):
     files = hub.server.files("tester/trained")
     assert "](pruning.png)" in files["README.md"].decode()
     assert files["pruning.png"].startswith(b"\x89PNG") and "pruning_report.json" in files

@@ -270,7 +270,7 @@ def test_a_report_beside_the_adapter_goes_into_its_card_with_a_picture_where_the
     report().save(tmp_path)
     saved(base_folder, tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert "Pruned after step 3, from 1,000 tuned values (3.000 %) to 900 (2.700 %)." in card
+    assert "Pruned after step 3, from 1,000 trained parameters (3.000 %) to 900 (2.700 %)." in card
     assert ("](pruning.png)" in card) == (tmp_path / "pruning.png").exists() == has_matplotlib
 
 
