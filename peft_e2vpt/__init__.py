@@ -7,6 +7,7 @@ from .requirements import check_requirements
 
 check_requirements()  # before the imports below, which fail less clearly with old versions
 
+from ._former_paths import install as keep_former_paths
 from .attention_maps import AttentionMap, PromptAttention, attention_maps, prompt_attention
 from .hub.companion import AdapterCompanion
 from .hub.loading import load
@@ -26,6 +27,7 @@ from .version import __version__
 
 
 register(E2VPTConfig, E2VPTModel)
+keep_former_paths()
 E2VPTConfig.companion = AdapterCompanion()
 
 

@@ -52,8 +52,8 @@ def push_to_hub(
         repo_id: the repository, made where there is none.
         adapter_name: the adapter to upload, by default the active one.
         processing_class: an image processor to save beside it, so that pipelines find it.
-        report: of its pruning, `PruneRewindCallback.report` or `PruningReport.load(folder)`; gives the card a picture
-            where matplotlib is installed.
+        report: of its pruning, `PruneRewindCallback.report` or `PruningReport.load(folder)`; gives the card a figure
+            if matplotlib is installed.
         dataset: the Hub's name of the data that it was trained on.
         metrics: results by name, as from `Trainer.evaluate()`.
         revision: branch to upload to, made where there is none.

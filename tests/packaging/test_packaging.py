@@ -16,6 +16,7 @@ import pytest
 from tests.support.paths import ROOT
 
 
+PACKAGES = ("peft_e2vpt", "peft_e2vpt_cli")
 SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
@@ -32,7 +33,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "peft_e2vpt", folder / "peft_e2vpt", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     output_of(*pip, "--wheel-dir", "dist", ".", cwd=folder)
     (built,) = (folder / "dist").glob("*.whl")
@@ -54,10 +56,11 @@ def environment(wheel: Path) -> Path:
 
 def test_a_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if name.startswith("peft_e2vpt/")}
+        held = {name for name in archive.namelist() if name.partition("/")[0] in PACKAGES}
     files = {
         str(path.relative_to(ROOT))
-        for path in (ROOT / "peft_e2vpt").rglob("*")
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert held == files and {"peft_e2vpt/hub/card_template.md", "peft_e2vpt/py.typed"} <= held
@@ -70,7 +73,9 @@ def test_the_installed_wheel_is_imported_and_not_the_checkout(environment: Path)
 
 
 def test_the_installed_command_line_runs(environment: Path) -> None:
-    assert "inspect" in output_of(environment, "-m", "peft_e2vpt", "--help", cwd=environment.parent)
+    (script,) = environment.parents[1].rglob("bin/peft-e2vpt")
+    for command in ([script], ["-m", "peft_e2vpt"]):
+        assert "inspect" in output_of(environment, *command, "--help", cwd=environment.parent)
 
 
 COST = """
