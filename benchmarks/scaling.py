@@ -84,12 +84,12 @@ def measure(axis: str, args: argparse.Namespace) -> tuple[Times, Times]:
     warm_up = 3 if args.compile or args.device != "cpu" else 1
     names = ("plain", "e2vpt", "e2vpt merged") if axis == "adapters" else FORWARDS
     runs = {name: forward_pass(build_with_adapters(name, args), batch, args) for name in names}
-    forwards = take_turns(runs, args.rounds, args.device, warm_up)
+    forwards = take_turns(runs, args.rounds, warm_up)
     del runs
     if axis == "adapters":  # together they answer, but one at a time is trained
         return forwards, {}
     runs = {name: training_step(build_with_adapters(name, args), batch, args) for name in STEPS}
-    return forwards, take_turns(runs, args.rounds, args.device, warm_up)
+    return forwards, take_turns(runs, args.rounds, warm_up)
 
 
 def draw(points: dict[int, tuple[Times, Times]], clock: int, path: Path) -> None:

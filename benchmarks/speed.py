@@ -39,12 +39,12 @@ def main() -> None:
         batch = make_batch(size, args.image_size, args.device)
         names = [*(name for name in METHODS if name not in PLAIN_FORWARD), "e2vpt merged"]
         forwards = {name: forward_pass(build_on(name, args), batch, args) for name in names}
-        seconds = take_turns(forwards, args.rounds, args.device, warm_up)
+        seconds = take_turns(forwards, args.rounds, warm_up)
         print_ratios(f"Forward pass, batch {size}", seconds, "plain")
         write(records(seconds, "plain"), args, measured="forward", batch_size=size)
         del forwards
         steps = {name: training_step(build_on(name, args), batch, args) for name in METHODS if name != "plain"}
-        seconds = take_turns(steps, args.rounds, args.device, warm_up)
+        seconds = take_turns(steps, args.rounds, warm_up)
         print_ratios(f"Training step, batch {size}", seconds, "lora")
         write(records(seconds, "lora"), args, measured="step", batch_size=size)
 

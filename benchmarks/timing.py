@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.utils.benchmark import timer
 
 from benchmarks.baselines import BACKBONES, build
 
@@ -114,27 +115,19 @@ def training_step(model: nn.Module, batch: dict[str, torch.Tensor], args: argpar
     return run
 
 
-def _seconds(run: Callable[[], None], device: str) -> tuple[float, float]:
-    """Wall and CPU seconds; on a GPU wall seconds are those between two CUDA events."""
-    cpu = time.process_time()
-    if torch.device(device).type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000, time.process_time() - cpu
-    wall = time.perf_counter()
+def _seconds(run: Callable[[], None]) -> tuple[float, float]:
+    """Wall and CPU seconds; torch's clock waits for the GPU before and after, where there is one."""
+    wall, cpu = timer(), time.process_time()
     run()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return timer() - wall, time.process_time() - cpu
 
 
-def take_turns(runs: dict[str, Callable[[], None]], rounds: int, device: str = "cpu", warm_up: int = 1) -> Times:
+def take_turns(runs: dict[str, Callable[[], None]], rounds: int, warm_up: int = 1) -> Times:
     """Wall and CPU seconds of every run in every round, after rounds of warm-up."""
     seconds: Times = {name: [] for name in runs}
     for number in range(rounds + warm_up):
         for name, run in runs.items():
-            times = _seconds(run, device)
+            times = _seconds(run)
             if number >= warm_up:
                 seconds[name].append(times)
     return seconds

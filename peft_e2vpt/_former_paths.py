@@ -80,7 +80,7 @@ class FormerPaths(MetaPathFinder, Loader):
         """Warns whoever imports the module."""
         moved_to = FORMER_PATHS[module.__name__.rpartition(".")[2]][0]
         warnings.warn(
-            f"{module.__name__} has moved to {PACKAGE}.{moved_to}; the former path will be removed in the next release.",
+            f"{module.__name__} has moved to {PACKAGE}.{moved_to}. The next release drops the former path.",
             DeprecationWarning,
             stacklevel=2,  # frames of the import machinery are not counted
         )

@@ -71,7 +71,7 @@ def test_importing_a_former_module_warns_and_names_the_new_one(forgotten: None, 
     with pytest.warns(DeprecationWarning) as noted:
         import_module(f"peft_e2vpt.{name}")
     (warning,) = noted
-    new = str(warning.message).split("moved to ")[1].split(";")[0]
+    new = str(warning.message).split("moved to ")[1].split(". ")[0]
     assert new == f"peft_e2vpt.{FORMER_PATHS[name][0]}" and import_module(new)
 
 

@@ -107,7 +107,8 @@ def test_a_card_has_what_the_hub_sorts_adapters_by(hub):
     (result,) = results[0]["results"]
     assert results[0]["name"] == "trees" and result["task"] == {"type": "image-classification"}
     assert result["dataset"] == {"name": "tester/leaves", "type": "tester/leaves"}
-    assert result["metrics"] == [{"type": "accuracy", "value": 0.875}]
+    metrics = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert metrics == {"loss": 0.5, "accuracy": 0.875}
 
 
 def test_a_card_tells_how_much_was_tuned_and_what_is_left_in_every_layer(hub):

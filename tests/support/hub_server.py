@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""A small Hugging Face Hub for tests: models in memory, served over HTTP on this machine.
+"""A small Hugging Face Hub for tests: models in memory, served by FastAPI on this machine.
 
 It answers what `huggingface_hub` asks in uploads and downloads. Every file is to be uploaded in the "regular" way,
 inside the commit, so neither LFS nor xet is needed.
@@ -16,12 +16,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable
+import socket
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from threading import Thread
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 
 
 USER = "tester"
@@ -33,10 +35,18 @@ def git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+class HubError(Exception):
+    """What the Hub answers with status 404 and a code, which the client turns into an exception of its own."""
+
+    def __init__(self, code: str, **headers: str) -> None:
+        self.answer = JSONResponse({"error": code}, 404, {"X-Error-Code": code, **headers})
+
+
 @dataclass
 class Repository:
     """Commits by their hash, branches by their name."""
 
+    name: str
     commits: dict[str, Files] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
@@ -49,9 +59,11 @@ class Repository:
         self.branches[branch] = name
         return name
 
-    def resolve(self, revision: str) -> str | None:
+    def resolve(self, revision: str) -> str:
         name = self.branches.get(revision, revision)
-        return name if name in self.commits else None
+        if name not in self.commits:
+            raise HubError("RevisionNotFound")
+        return name
 
 
 class HubServer:
@@ -59,188 +71,145 @@ class HubServer:
 
     Attributes:
         url: what `HF_ENDPOINT` has to be.
-        requests: method and path of every request, in their order.
-        unknown: those that it had no answer to.
+        unknown: method and path of every request that it had no answer to.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
-        self.requests: list[str] = []
         self.unknown: list[str] = []
-        self.lock = Lock()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        app = FastAPI(exception_handlers={HubError: _answer_error, 404: self._note_unknown, 405: self._note_unknown})
+        app.include_router(router)
+        app.state.hub = self
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        self._thread = Thread(target=self._server.run, args=([self._socket],), daemon=True)
 
     def __enter__(self) -> HubServer:
-        Thread(target=self._server.serve_forever, daemon=True).start()
+        self._thread.start()  # requests wait in the socket until it listens
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.should_exit = True
+        self._thread.join()
 
     def files(self, repo_id: str, revision: str = "main") -> Files:
         """The files of a repository, by their paths."""
         repository = self.repositories[repo_id]
-        name = repository.resolve(revision)
-        assert name is not None, f"{repo_id} has no revision {revision}"
-        return repository.commits[name]
+        return repository.commits[repository.resolve(revision)]
+
+    async def _note_unknown(self, request: Request, error: Exception) -> Response:
+        self.unknown.append(f"{request.method} {request.url.path}")
+        return JSONResponse({"error": "unknown"}, 404)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    hub: HubServer
-    protocol_version = "HTTP/1.1"
+async def _answer_error(request: Request, error: HubError) -> Response:
+    return error.answer
 
-    # -------------------------------------------------------------------------------------------------------- plumbing
-    def log_message(self, *args: Any) -> None:
-        pass
 
-    def answer(self, content: Any = b"", status: int = 200, **headers: str) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+# ------------------------------------------------------------------------------------------------------------- routing
+# Everything is `async`, so that requests are answered one after another and need no lock.
+router = APIRouter()
 
-    def error(self, code: str) -> None:
-        self.answer({"error": code}, 404, X_Error_Code=code)
 
-    def body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        chunks = []
-        while size := int(self.rfile.readline(), 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(chunks)
+async def _hub(request: Request) -> HubServer:
+    return request.app.state.hub
 
-    def handle_request(self) -> None:
-        path = unquote(urlsplit(self.path).path).strip("/")
-        body = self.body()
-        with self.hub.lock:
-            self.hub.requests.append(f"{self.command} /{path}")
-            self.route(path.split("/"), body)
 
-    do_GET = do_HEAD = do_POST = handle_request
+Hub = Annotated[HubServer, Depends(_hub)]
 
-    # --------------------------------------------------------------------------------------------------------- routing
-    def route(self, path: list[str], body: bytes) -> None:
-        match (self.command, path):
-            case "POST", ["api", "repos", "create"]:
-                self.create(json.loads(body))
-            case "GET", ["api", "whoami-v2"]:
-                self.answer({"name": USER, "type": "user", "orgs": []})
-            case "POST", ["api", "validate-yaml"]:
-                self.answer({"errors": [], "warnings": []})
-            case _, ["api", "models", user, name, *rest]:
-                self.with_repository(f"{user}/{name}", lambda repo: self.api(f"{user}/{name}", repo, rest, body))
-            case "GET" | "HEAD", [user, name, "resolve", revision, *file]:
-                self.with_repository(f"{user}/{name}", lambda repo: self.resolve(repo, revision, "/".join(file)))
-            case _:
-                self.unknown()
 
-    def unknown(self) -> None:
-        self.hub.unknown.append(self.hub.requests[-1])
-        self.answer({"error": "unknown"}, 404)
+async def _repository(hub: Hub, user: str, name: str) -> Repository:
+    if f"{user}/{name}" not in hub.repositories:
+        raise HubError("RepoNotFound")
+    return hub.repositories[f"{user}/{name}"]
 
-    def with_repository(self, repo_id: str, then: Callable[[Repository], None]) -> None:
-        if repo_id in self.hub.repositories:
-            then(self.hub.repositories[repo_id])
-        else:
-            self.error("RepoNotFound")
 
-    def create(self, wanted: dict[str, Any]) -> None:
-        repo_id = f"{wanted.get('organization') or USER}/{wanted['name']}"
-        status = 409 if repo_id in self.hub.repositories else 200
-        self.hub.repositories.setdefault(repo_id, Repository())
-        self.answer({"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id}, status)
+Repo = Annotated[Repository, Depends(_repository)]
+MODEL = "/api/models/{user}/{name}"
 
-    def api(self, repo_id: str, repository: Repository, path: list[str], body: bytes) -> None:
-        match (self.command, path):
-            case "GET", []:
-                self.info(repo_id, repository, "main")
-            case "GET", ["revision", revision]:
-                self.info(repo_id, repository, revision)
-            case "GET", ["tree", revision, *folder]:
-                self.tree(repository, revision, "/".join(folder))
-            case "POST", ["preupload", _]:
-                files = json.loads(body)["files"]
-                self.answer(
-                    {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-                )
-            case "POST", ["branch", branch]:
-                start = json.loads(body or b"{}").get("startingPoint", "main")
-                known = branch in repository.branches
-                repository.branches.setdefault(branch, str(repository.resolve(start)))
-                self.answer({}, 409 if known else 200)
-            case "POST", ["commit", branch]:
-                self.commit(repo_id, repository, branch, body)
-            case _:
-                self.unknown()
 
-    # --------------------------------------------------------------------------------------------------------- answers
-    def info(self, repo_id: str, repository: Repository, revision: str) -> None:
-        name = repository.resolve(revision)
-        if name is None:
-            self.error("RevisionNotFound")
-            return
-        siblings = [{"rfilename": path} for path in sorted(repository.commits[name])]
-        self.answer(
-            {
-                "_id": repo_id,
-                "id": repo_id,
-                "modelId": repo_id,
-                "sha": name,
-                "private": False,
-                "tags": [],
-                "siblings": siblings,
-                "lastModified": DATE,
-            }
-        )
+@router.post("/api/repos/create")
+async def create(hub: Hub, request: Request) -> Response:
+    wanted = await request.json()
+    repo_id = f"{wanted.get('organization') or USER}/{wanted['name']}"
+    status = 409 if repo_id in hub.repositories else 200
+    hub.repositories.setdefault(repo_id, Repository(repo_id))
+    return JSONResponse({"url": f"{hub.url}/{repo_id}", "name": repo_id, "id": repo_id}, status)
 
-    def tree(self, repository: Repository, revision: str, folder: str) -> None:
-        name = repository.resolve(revision)
-        if name is None:
-            self.error("RevisionNotFound")
-            return
-        entries = [
-            {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
-            for path, content in sorted(repository.commits[name].items())
-            if not folder or path.startswith(folder + "/")
-        ]
-        if folder and not entries:
-            self.error("EntryNotFound")
-        else:
-            self.answer(entries)
 
-    def commit(self, repo_id: str, repository: Repository, branch: str, body: bytes) -> None:
-        parent = repository.resolve(branch)
-        if parent is None:
-            self.error("RevisionNotFound")
-            return
-        files = dict(repository.commits[parent])
-        for line in body.splitlines():
-            operation = json.loads(line)
-            if operation["key"] == "file":
-                value = operation["value"]
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif operation["key"] == "deletedFile":
-                del files[operation["value"]["path"]]
-        name = repository.commit(branch, files)
-        url = f"{self.hub.url}/{repo_id}/commit/{name}"
-        self.answer({"success": True, "commitOid": name, "commitUrl": url, "hookOutput": ""})
+@router.get("/api/whoami-v2")
+async def whoami() -> dict[str, Any]:
+    return {"name": USER, "type": "user", "orgs": []}
 
-    def resolve(self, repository: Repository, revision: str, path: str) -> None:
-        name = repository.resolve(revision)
-        if name is None:
-            self.error("RevisionNotFound")
-        elif path not in repository.commits[name]:
-            self.answer({"error": "EntryNotFound"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=name)
-        else:
-            content = repository.commits[name][path]
-            self.answer(content, ETag=f'"{git_hash(content)}"', X_Repo_Commit=name)
+
+@router.post("/api/validate-yaml")
+async def validate_yaml() -> dict[str, Any]:
+    return {"errors": [], "warnings": []}
+
+
+@router.get(MODEL)
+@router.get(MODEL + "/revision/{revision}")
+async def info(repo: Repo, revision: str = "main") -> dict[str, Any]:
+    name = repo.resolve(revision)
+    return {
+        "_id": repo.name,
+        "id": repo.name,
+        "modelId": repo.name,
+        "sha": name,
+        "private": False,
+        "tags": [],
+        "siblings": [{"rfilename": path} for path in sorted(repo.commits[name])],
+        "lastModified": DATE,
+    }
+
+
+@router.get(MODEL + "/tree/{revision}")
+@router.get(MODEL + "/tree/{revision}/{folder:path}")
+async def tree(repo: Repo, revision: str, folder: str = "") -> list[dict[str, Any]]:
+    entries = [
+        {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
+        for path, content in sorted(repo.commits[repo.resolve(revision)].items())
+        if not folder or path.startswith(folder + "/")
+    ]
+    if folder and not entries:
+        raise HubError("EntryNotFound")
+    return entries
+
+
+@router.post(MODEL + "/preupload/{revision}")
+async def preupload(repo: Repo, request: Request) -> dict[str, Any]:
+    files = (await request.json())["files"]
+    return {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+
+
+@router.post(MODEL + "/branch/{branch}")
+async def make_branch(repo: Repo, branch: str, request: Request) -> Response:
+    start = json.loads(await request.body() or b"{}").get("startingPoint", "main")
+    known = branch in repo.branches
+    repo.branches.setdefault(branch, repo.resolve(start))
+    return JSONResponse({}, 409 if known else 200)
+
+
+@router.post(MODEL + "/commit/{branch}")
+async def commit(hub: Hub, repo: Repo, branch: str, request: Request) -> dict[str, Any]:
+    files = dict(repo.commits[repo.resolve(branch)])
+    for line in (await request.body()).splitlines():
+        operation = json.loads(line)
+        if operation["key"] == "file":
+            value = operation["value"]
+            files[value["path"]] = base64.b64decode(value["content"])
+        elif operation["key"] == "deletedFile":
+            del files[operation["value"]["path"]]
+    name = repo.commit(branch, files)
+    url = f"{hub.url}/{repo.name}/commit/{name}"
+    return {"success": True, "commitOid": name, "commitUrl": url, "hookOutput": ""}
+
+
+@router.api_route("/{user}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
+async def download(repo: Repo, revision: str, path: str) -> Response:
+    name = repo.resolve(revision)
+    if path not in repo.commits[name]:
+        raise HubError("EntryNotFound", **{"X-Repo-Commit": name})
+    content = repo.commits[name][path]
+    return Response(content, headers={"ETag": f'"{git_hash(content)}"', "X-Repo-Commit": name})
