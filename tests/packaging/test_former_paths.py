@@ -7,12 +7,12 @@ import subprocess
 import sys
 import warnings
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
 import peft_e2vpt
 from peft_e2vpt._former_paths import FORMER_PATHS
+from tests.support.paths import ROOT
 
 
 NAMES = {  # what README.md, docs, examples and tests imported from each
@@ -110,6 +110,6 @@ def test_importing_the_package_imports_no_former_module() -> None:
         + [f"peft_e2vpt.{name}" for name in FORMER_PATHS],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     assert done.stdout == "[]\n", done.stderr
