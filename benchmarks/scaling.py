@@ -1,7 +1,7 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """How the cost of E2VPT grows: along one axis at a time, beside the plain backbone, LoRA and inserted prompts.
 
-    python -m benchmarks.scaling --output scaling.jsonl --picture scaling.png        # all axes, from ViT-B/16
+    python -m benchmarks.scaling --output scaling.jsonl --figure scaling.png        # all axes, from ViT-B/16
     python -m benchmarks.scaling --axes prompts --batch_sizes 8 --rounds 5
 
 Axes: `batch` (images), `image` (pixels), `prompts` (M, with n = M / 2), `backbone` (ViT-S, B, L and H), and `adapters`
@@ -118,7 +118,7 @@ def draw(points: dict[int, tuple[Times, Times]], clock: int, path: Path) -> None
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--picture", type=Path, help="a file that gets the picture of cost against M + n")
+    parser.add_argument("--figure", type=Path, help="a file that gets the figure of cost against M + n")
     args = parser.parse_args()
     places = {axis: AXES[axis] for axis in args.axes}
     if args.smoke:
@@ -138,9 +138,9 @@ def main() -> None:
                 write(records(steps, "lora"), here, measured="step", **about)
             if axis == "prompts":
                 points[here.num_visual_prompts + here.num_kv_prompts] = (forwards, steps)
-    if args.picture is not None and points:
+    if args.figure is not None and points:
         clock = 0 if torch.device(args.device).type == "cuda" else 1
-        draw(points, clock, args.picture)
+        draw(points, clock, args.figure)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,18 @@
     pip install -e '.[benchmarks]'
     python -m benchmarks.transfer                                            # all methods, all tasks, three seeds
     python -m benchmarks.transfer --sweep benchmarks/sweeps/ablations.yaml   # parts of E2VPT left out or replaced
-    python -m benchmarks.transfer_table outputs/transfer.jsonl               # the tables, and a picture
+    python -m benchmarks.transfer_table outputs/transfer.jsonl               # the tables, and a figure
 
 Every training adds a line to `--results`. One that is there already is not run again, so that a run may be stopped and
 started at any time, and two may work on different `--tasks` or `--methods` at once.
 
-The protocol is that of VTAB-1k where a CPU allows it: 800 pictures to train on, 200 to choose the learning rate on, no
+The protocol is that of VTAB-1k where a CPU allows it: 800 images to train on, 200 to choose the learning rate on, no
 augmentation, the last epoch counts. Seed 0 runs the rates of the grid upwards, and stops when one has lost ten points
 of validation accuracy; the other seeds run the one with the highest. For everyone: the head learns on standardised
 features, starts as a linear probe and has the learning rate 3e-4 (the linear probe itself: that of the grid), AdamW
 without weight decay, 10 % warm-up, cosine.
 
-Layers below the first that a method touches are frozen and without prompts, so they give the same for a picture in
+Layers below the first that a method touches are frozen and without prompts, so they give the same for an image in
 every epoch, and run once.
 """
 
@@ -43,7 +43,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.transfer_tasks import TASKS, Split
 from examples.finetune import (
-    PictureTrainer,
+    ImageTrainer,
     accuracy,
     count_trained,
     find_head_names,
@@ -173,7 +173,7 @@ class Bench:
         self.task = task
         *splits, self.labels = TASKS[task].load()
         processor = load_processor(args.model, args.image_size)
-        self.pixels = [processor(split.pictures, return_tensors="pt")["pixel_values"] for split in splits]
+        self.pixels = [processor(split.images, return_tensors="pt")["pixel_values"] for split in splits]
         self.splits: list[Split] = splits
         self.hidden: dict[int, list[Tensor]] = {}
         self.backbone = AutoModelForImageClassification.from_pretrained(args.model, num_labels=len(self.labels)).eval()
@@ -198,7 +198,7 @@ class Bench:
         epochs = self.args.epochs if method.epochs is None else method.epochs
         train, validation, test = self.inputs(method.first_layer)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = PictureTrainer(
+            trainer = ImageTrainer(
                 model=model,
                 args=self.training_arguments(folder, learning_rate, seed, epochs * (1 + len(callbacks))),
                 head_names=heads,
@@ -218,7 +218,7 @@ class Bench:
             return {
                 "validation_accuracy": trainer.evaluate(validation)["eval_accuracy"],
                 "test_accuracy": trainer.evaluate(test)["eval_accuracy"],
-                "test_pictures": len(test),
+                "test_images": len(test),
                 "trained": count_trained(model),
                 "parameters": num_parameters,
                 "epochs": epochs,

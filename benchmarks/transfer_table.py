@@ -1,11 +1,11 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""Builds the tables of the transfer suite from its result lines, and a picture: accuracy against trained parameters.
+"""Builds the tables of the transfer suite from its result lines, and an image: accuracy against trained parameters.
 
-    python -m benchmarks.transfer_table outputs/transfer.jsonl [--methods linear e2vpt] [--picture transfer.png]
+    python -m benchmarks.transfer_table outputs/transfer.jsonl [--methods linear e2vpt] [--figure transfer.png]
     python -m benchmarks.transfer_table outputs/transfer.jsonl --reference e2vpt         # differences, for ablations
 
-Accuracies are per cent on test pictures: mean over the seeds, each with the learning rate that was best on validation
-pictures with seed 0. A method is in the means of groups and tasks only where it has run on every task of the table.
+Accuracies are per cent on test images: mean over the seeds, each with the learning rate that was best on validation
+images with seed 0. A method is in the means of groups and tasks only where it has run on every task of the table.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def conditions(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--picture", type=Path, help="Write the picture to this file.")
+    parser.add_argument("--figure", type=Path, help="Write the figure to this file.")
     parser.add_argument("--methods", nargs="+", help="Methods to show. Default: all.")
     parser.add_argument("--reference", help="Show the differences to this method, seed by seed, and nothing else.")
     parser.add_argument("--against", nargs="+", default=["vpt-deep", "full", "linear", "lora"])
@@ -193,9 +193,9 @@ def main() -> None:
     found = summaries(chosen, tasks, methods)
     if found:
         print(table_of_means(found), end="\n\n")
-        if args.picture:
+        if args.figure:
             drawn = [{"method": name, **row, "accuracy": row["mean_of_groups"] / 100} for name, row in found.items()]
-            plot_methods(drawn).savefig(args.picture, dpi=120)
+            plot_methods(drawn).savefig(args.figure, dpi=120)
     for first in ("e2vpt", "e2vpt-pruned"):
         for second in args.against:
             line = difference(chosen, tasks, first, second)

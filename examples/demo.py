@@ -1,4 +1,4 @@
-"""Drop a picture, choose an adapter: a web page that shows what it answers and how much attention it gives to prompts.
+"""Drop an image, choose an adapter: a web page that shows what it answers and how much attention it gives to prompts.
 
 ```bash
 pip install -e ".[examples,demo]"
@@ -128,22 +128,22 @@ def load_adapters(adapters: dict[str, Path]) -> Served:
 
 
 @torch.no_grad()
-def classify(served: Served, picture: Image.Image, name: str) -> dict[str, float]:
+def classify(served: Served, image: Image.Image, name: str) -> dict[str, float]:
     """Returns the probability of every class of the adapter `name`."""
     served.model.set_adapter(name, inference_mode=True)
-    logits = served.model(**served.processors[name](picture, return_tensors="pt")).logits
+    logits = served.model(**served.processors[name](image, return_tensors="pt")).logits
     return dict(zip(served.model.peft_config[name].labels, logits.softmax(-1)[0].tolist(), strict=True))
 
 
-def attend(served: Served, picture: Image.Image, name: str) -> tuple[Figure, Figure]:
+def attend(served: Served, image: Image.Image, name: str) -> tuple[Figure, Figure]:
     """
-    Draws how much attention each layer gives to prompts, and where in the picture the rest of it goes.
+    Draws how much attention each layer gives to prompts, and where in the image the rest of it goes.
 
     Raises:
-        ValueError: The attentions of this backbone return no weights, or see windows of the picture.
+        ValueError: The attentions of this backbone return no weights, or see windows of the image.
     """
     served.model.set_adapter(name, inference_mode=True)
-    inputs = served.processors[name](picture, return_tensors="pt")
+    inputs = served.processors[name](image, return_tensors="pt")
     return plot_prompt_attention(prompt_attention(served.model, inputs)), plot_attention_maps(served.model, inputs)
 
 
@@ -154,18 +154,18 @@ def build_page(served: Served) -> gradio.Blocks:
     """Lays out the page and connects it with the model."""
     names = list(served.processors)
 
-    def answer(picture: Image.Image | None, name: str) -> dict[str, float] | None:
-        return None if picture is None else classify(served, picture, name)
+    def answer(image: Image.Image | None, name: str) -> dict[str, float] | None:
+        return None if image is None else classify(served, image, name)
 
-    def show(picture: Image.Image | None, name: str) -> tuple[Figure | None, Figure | None]:
-        return (None, None) if picture is None else attend(served, picture, name)
+    def show(image: Image.Image | None, name: str) -> tuple[Figure | None, Figure | None]:
+        return (None, None) if image is None else attend(served, image, name)
 
     with gradio.Blocks(title="E2VPT adapters", analytics_enabled=False) as page:
-        gradio.Markdown("# One backbone, many adapters\nDrop a picture, then choose which adapter judges it.")
+        gradio.Markdown("# One backbone, many adapters\nDrop an image, then choose which adapter judges it.")
         with gradio.Row():
             with gradio.Column():
-                picture = gradio.Image(
-                    type="pil", sources=["upload", "clipboard"], buttons=["fullscreen"], label="Picture", height=386
+                image = gradio.Image(
+                    type="pil", sources=["upload", "clipboard"], buttons=["fullscreen"], label="Image", height=386
                 )
             with gradio.Column():
                 name = gradio.Radio(names, value=names[0], label="Adapter", elem_id="adapter")
@@ -175,11 +175,11 @@ def build_page(served: Served) -> gradio.Blocks:
                 gradio.Markdown("### Attention to prompts, layer by layer")
                 shares = gradio.Plot(show_label=False, format="png", elem_id="shares")
             with gradio.Column(scale=3):
-                gradio.Markdown("### Attention to the picture, without prompts and with them")
+                gradio.Markdown("### Attention to the image, without prompts and with them")
                 maps = gradio.Plot(show_label=False, format="png", elem_id="maps")
         # One at a time: both choose the model's active adapter.
-        changes = [picture.change, name.change]
-        inputs = [picture, name]
+        changes = [image.change, name.change]
+        inputs = [image, name]
         gradio.on(changes, answer, inputs, probabilities, concurrency_limit=1, concurrency_id="model")
         gradio.on(changes, show, inputs, [shares, maps], concurrency_limit=1, concurrency_id="model")
     return page

@@ -2,7 +2,7 @@
 """FGVC as in the paper: birds (CUB, NABirds), flowers, dogs and cars.
 
 ```bash
-python examples/fgvc.py                                         # E2VPT on ViT-B/16: downloads pictures and weights
+python examples/fgvc.py                                         # E2VPT on ViT-B/16: downloads images and weights
 accelerate launch examples/fgvc.py --task cub cars --method all --bf16 --dataloader_num_workers 8
 python examples/fgvc.py --smoke                                 # tiny stand-ins, seconds
 ```
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from finetune import picture_transform
+from finetune import image_transform
 from paper_protocol import Benchmark, ProtocolArguments, Splits, Transform, main, make_splits, unpacked
 
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 def read_splits(data: dict[str, Any], task: dict[str, Any], args: ProtocolArguments) -> Splits:
     """
-    Reads the three lists of a task; without one for validation, a share of the training pictures is cut off.
+    Reads the three lists of a task; without one for validation, a share of the training images is cut off.
 
     Raises:
         FileNotFoundError: Not exactly one folder has the lists of the task.
     """
-    pictures = unpacked(data["repo"], task["archive"], task["folder"], args) / task["images"]
+    images = unpacked(data["repo"], task["archive"], task["folder"], args) / task["images"]
     all_lists = unpacked(data["repo"], data["lists"], ".", args)
     found = sorted(
         file.parent
@@ -48,18 +48,18 @@ def read_splits(data: dict[str, Any], task: dict[str, Any], args: ProtocolArgume
             f"{data['lists']} should have one folder with {task['lists']!r} in its path and train.json in it, found "
             f"{[str(folder.relative_to(all_lists)) for folder in found]}."
         )
-    lists = {"train": read_list(found[0] / "train.json", pictures)}
+    lists = {"train": read_list(found[0] / "train.json", images)}
     if (found[0] / "val.json").is_file():
-        lists["validation"] = read_list(found[0] / "val.json", pictures)
+        lists["validation"] = read_list(found[0] / "val.json", images)
     else:
         lists["train"], lists["validation"] = cut(lists["train"], data["validation_share"], data["validation_seed"])
-    lists["test"] = read_list(found[0] / "test.json", pictures)
+    lists["test"] = read_list(found[0] / "test.json", images)
     return make_splits(lists)
 
 
-def read_list(file: Path, pictures: Path) -> dict[str, Any]:
-    """Reads `{picture: class}`, paths from the folder of pictures."""
-    return {str(pictures / name): label for name, label in json.loads(file.read_text()).items()}
+def read_list(file: Path, images: Path) -> dict[str, Any]:
+    """Reads `{image: class}`, paths from the folder of images."""
+    return {str(images / name): label for name, label in json.loads(file.read_text()).items()}
 
 
 def cut(entries: dict[str, Any], share: float, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -75,52 +75,52 @@ def cut(entries: dict[str, Any], share: float, seed: int) -> tuple[dict[str, Any
 # -------------------------------------------------------------------------------------------------------- augmentation
 
 
-def random_resized_crop(picture: Image, side: int) -> Image:
+def random_resized_crop(image: Image, side: int) -> Image:
     """
-    A random rectangle of 8 to 100 % of the picture, 3:4 to 4:3 wide, as a square ("Inception crop", Szegedy et al.,
+    A random rectangle of 8 to 100 % of the image, 3:4 to 4:3 wide, as a square ("Inception crop", Szegedy et al.,
     2015), mirrored in half of the cases.
     """
     from PIL.Image import Resampling, Transpose
 
-    area = picture.width * picture.height
+    area = image.width * image.height
     for _ in range(10):
         share, log_ratio = torch.rand(2).tolist()
         ratio = math.exp((2 * log_ratio - 1) * math.log(4 / 3))
         width = round(math.sqrt(area * (0.08 + 0.92 * share) * ratio))
         height = round(math.sqrt(area * (0.08 + 0.92 * share) / ratio))
-        if 0 < width <= picture.width and 0 < height <= picture.height:
-            left = int(torch.randint(picture.width - width + 1, ()))
-            top = int(torch.randint(picture.height - height + 1, ()))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            left = int(torch.randint(image.width - width + 1, ()))
+            top = int(torch.randint(image.height - height + 1, ()))
             box = (left, top, left + width, top + height)
             break
     else:
-        box = middle(picture, 1.0)
-    cropped = picture.resize((side, side), Resampling.BICUBIC, box)
+        box = middle(image, 1.0)
+    cropped = image.resize((side, side), Resampling.BICUBIC, box)
     return cropped.transpose(Transpose.FLIP_LEFT_RIGHT) if torch.rand(()) < 0.5 else cropped
 
 
-def centre_crop(picture: Image, side: int) -> Image:
+def centre_crop(image: Image, side: int) -> Image:
     """The middle 224 of 256 pixels of the shorter side."""
     from PIL.Image import Resampling
 
-    return picture.resize((side, side), Resampling.BICUBIC, middle(picture, 224 / 256))
+    return image.resize((side, side), Resampling.BICUBIC, middle(image, 224 / 256))
 
 
-def middle(picture: Image, share: float) -> tuple[float, float, float, float]:
+def middle(image: Image, share: float) -> tuple[float, float, float, float]:
     """A square in the middle, its side a share of the shorter side: left, top, right, bottom."""
-    half = min(picture.size) * share / 2
-    x, y = picture.width / 2, picture.height / 2
+    half = min(image.size) * share / 2
+    x, y = image.width / 2, image.height / 2
     return x - half, y - half, x + half, y + half
 
 
 def transforms(processor: Any) -> tuple[Transform, Transform]:
-    """Random crops, mirrored, to train on, and the middle of the picture to evaluate on."""
-    to_pixels = picture_transform(processor)
+    """Random crops, mirrored, to train on, and the middle of the image to evaluate on."""
+    to_pixels = image_transform(processor)
     side = processor.size["height"]
 
     def after(crop: Callable[[Image, int], Image]) -> Transform:
         def transform(batch: dict[str, list]) -> dict[str, list]:
-            return to_pixels({**batch, "image": [crop(picture.convert("RGB"), side) for picture in batch["image"]]})
+            return to_pixels({**batch, "image": [crop(image.convert("RGB"), side) for image in batch["image"]]})
 
         return transform
 
@@ -135,8 +135,8 @@ INSIDE = {"flowers": "jpg/", "cars": "car_ims/"}  # where names in the lists beg
 
 
 def make_data(folder: Path, tasks: dict[str, Any]) -> None:
-    """Writes random pictures in the layout of the Hub's data set: an archive for every task, and one of all lists."""
-    from stand_ins import write_picture
+    """Writes random images in the layout of the Hub's dataset: an archive for every task, and one of all lists."""
+    from stand_ins import write_image
 
     for task, preset in tasks.items():
         content = folder / "content"
@@ -145,7 +145,7 @@ def make_data(folder: Path, tasks: dict[str, Any]) -> None:
                 continue  # is cut off
             names = {f"{INSIDE.get(task, f'{i % 3}/')}{split}{i:05d}.png": 1 + i % 3 for i in range(count)}
             for index, (name, label) in enumerate(names.items()):
-                write_picture(content / preset["images"] / name, label, index, side=40)
+                write_image(content / preset["images"] / name, label, index, side=40)
             lists = folder / "fgvc_split" / preset["lists"] / f"{split}.json"
             lists.parent.mkdir(parents=True, exist_ok=True)
             lists.write_text(json.dumps(names))

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from finetune import DataArguments, collate, load_processor, load_splits, picture_transform, reported_split
+from finetune import DataArguments, collate, image_transform, load_processor, load_splits, reported_split
 from transformers import HfArgumentParser
 
 
@@ -71,7 +71,7 @@ def load_images_of_maps(args: FigureArguments, images: Dataset, folder: Path) ->
     from PIL import Image
 
     shown = [Image.open(path) for path in args.maps_of] if args.maps_of else images[: args.num_maps]["image"]
-    transform = picture_transform(load_processor(str(folder), args.maps_size))
+    transform = image_transform(load_processor(str(folder), args.maps_size))
     return {"pixel_values": transform({"image": shown, "label": []})["pixel_values"]}
 
 
@@ -125,7 +125,7 @@ def draw(run: Path, args: FigureArguments, data_args: DataArguments) -> Iterator
         return
     first = next(iter(adapted.values()))
     images = load_images(args, data_args)
-    transform = picture_transform(load_processor(str(first), image_size=None))
+    transform = image_transform(load_processor(str(first), image_size=None))
     pixels = {"pixel_values": collate(list(images.with_transform(transform)))["pixel_values"]}
     of_maps = load_images_of_maps(args, images, first)
     embeddings = {}

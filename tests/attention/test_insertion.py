@@ -288,7 +288,7 @@ def test_attention_maps_show_the_prompts_as_extra_columns(name: str, position: s
 
 # --------------------------------------------------------------------------------------- all attention implementations
 def padding_mask() -> Tensor:
-    """Hides the last 5 patches of the second picture from all 17 tokens."""
+    """Hides the last 5 patches of the second image from all 17 tokens."""
     mask = torch.ones(2, 17, dtype=torch.long)
     mask[1, 12:] = 0
     return mask
@@ -331,7 +331,7 @@ def test_a_padding_mask_means_the_same_to_every_implementation(implementation: s
 
 
 # -------------------------------------------------------------------------------------------------- dropout of prompts
-def equal_pictures(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def equal_images(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor[:1].repeat(2, *[1] * (tensor.dim() - 1)) for key, tensor in inputs.items()}
 
 
@@ -339,9 +339,9 @@ def equal_pictures(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_prompt_dropout_differs_between_the_samples_of_a_batch(mode: str) -> None:
     base, inputs = build("vit", dtype=torch.float64)
     model = adapt(base, visual_prompt_mode=mode, visual_prompt_dropout=0.5)
-    first, second = output_of(model(**equal_pictures(inputs)))
+    first, second = output_of(model(**equal_images(inputs)))
     torch.testing.assert_close(first, second)
-    first, second = output_of(model.train()(**equal_pictures(inputs)))
+    first, second = output_of(model.train()(**equal_images(inputs)))
     assert (first - second).abs().max() > 1e-3
 
 
@@ -353,7 +353,7 @@ def test_prompts_of_a_base_in_eval_mode_are_not_dropped_until_it_trains() -> Non
     assert (output_of(model(**inputs)) - output_of(model(**inputs))).abs().max() > 1e-3
 
 
-def test_all_windows_of_a_picture_get_the_same_dropped_prompts() -> None:
+def test_all_windows_of_a_image_get_the_same_dropped_prompts() -> None:
     base, _ = build("swin", dtype=torch.float64)
     model = get_peft_model(base, config(visual_prompt_dropout=0.5)).train()
     seen: list[Tensor] = []

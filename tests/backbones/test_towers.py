@@ -85,7 +85,7 @@ def depth_anything() -> Any:
     [(llava, "vision_tower"), (blip, "vision_model"), (clip, "vision_model"), (siglip, "vision_model")],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_of_a_model_of_pictures_and_text_only_the_vision_tower_is_adapted(build: Any, tower: str) -> None:
+def test_of_a_model_of_images_and_text_only_the_vision_tower_is_adapted(build: Any, tower: str) -> None:
     model = get_peft_model(build(), config())
     layers = prompt_layers(model)
     assert len(layers) == 2
@@ -182,7 +182,7 @@ SIZED: dict[str, Any] = {
 @pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast", "channels last"])
 @pytest.mark.parametrize("shape", [(32, 32), (48, 48), (32, 64)], ids=str)
 @pytest.mark.parametrize("name", SIZED)
-def test_any_picture_that_the_backbone_takes_gives_every_prompt_a_gradient(
+def test_any_image_that_the_backbone_takes_gives_every_prompt_a_gradient(
     name: str, shape: tuple[int, int], precision: str
 ) -> None:
     model_class, model_config, arguments = SIZED[name]

@@ -45,8 +45,8 @@ def test_memory_measures_a_forward_pass_and_a_training_step(results_of: Run) -> 
 
 
 def test_scaling_times_every_point_of_an_axis_and_draws_the_cost_of_prompts(results_of: Run, tmp_path: Path) -> None:
-    picture = tmp_path / "scaling.png"
-    results = results_of("scaling", "--picture", str(picture))
+    image = tmp_path / "scaling.png"
+    results = results_of("scaling", "--figure", str(image))
     steps = {
         (result["num_visual_prompts"], result["num_kv_prompts"], result["method"])
         for result in results
@@ -54,7 +54,7 @@ def test_scaling_times_every_point_of_an_axis_and_draws_the_cost_of_prompts(resu
     }
     assert steps == {(m, m // 2, name) for m in (2, 4) for name in ("lora", "class token", "e2vpt", "inserted")}
     assert {r["method"] for r in results if r["num_adapters"] == 2} == {"plain", "e2vpt", "e2vpt merged"}
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert image.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_profile_counts_fewer_operations_for_constants_than_for_prompts(results_of: Run) -> None:

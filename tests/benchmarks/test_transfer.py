@@ -77,12 +77,12 @@ def test_every_method_of_a_sweep_can_be_built(backbone, sweep):
 
 
 @pytest.mark.parametrize("name", ["count", "orientation", "x_position", "distance"])
-def test_drawn_tasks_are_the_same_every_time_and_have_no_picture_twice(name):
+def test_drawn_tasks_are_the_same_every_time_and_have_no_image_twice(name):
     first, second = (transfer_tasks.TASKS[name].load() for _ in range(2))
     assert [len(split.labels) for split in first[:3]] == [800, 200, 1000]
-    pictures = [picture.tobytes() for split in first[:3] for picture in split.pictures]
-    assert pictures == [picture.tobytes() for split in second[:3] for picture in split.pictures]
-    assert len(set(pictures)) == 2000
+    images = [image.tobytes() for split in first[:3] for image in split.images]
+    assert images == [image.tobytes() for split in second[:3] for image in split.images]
+    assert len(set(images)) == 2000
     assert {label for split in first[:3] for label in split.labels} == set(range(len(first[3])))
 
 
@@ -186,7 +186,7 @@ def test_the_suite_runs_end_to_end_and_a_second_run_adds_nothing(backbone, tmp_p
     assert all(row["trained"] < next(r for r in rows if r["method"] == "e2vpt")["trained"] for row in pruned)
     table = [sys.executable, "-m", "benchmarks.transfer_table", str(tmp_path / "r.jsonl")]
     shown = subprocess.run(
-        [*table, "--picture", str(tmp_path / "a.png")], check=True, capture_output=True, text=True, cwd=ROOT
+        [*table, "--figure", str(tmp_path / "a.png")], check=True, capture_output=True, text=True, cwd=ROOT
     ).stdout
     assert shown.startswith(
         f"{len(rows)} trainings, 2 seeds, 28 px, 0.4 or 0.2 epochs, batches of 16, bf16 autocast; "

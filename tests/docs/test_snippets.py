@@ -1,7 +1,7 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """The Python blocks of README.md and of the pages in docs/ run as they stand, one after another on every page.
 
-Names of the Hub are folders here: a tiny backbone, two adapters and a few pictures lie where the pages look for the
+Names of the Hub are folders here: a tiny backbone, two adapters and a few images lie where the pages look for the
 real ones. What the pages take as given (`train`, `args`, `pixels`, ...) is in `given`. A block that uploads something
 is left out by the comment `<!-- skip: next -->` above it.
 """
@@ -31,18 +31,18 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BACKBONE = "google/vit-base-patch16-224-in21k"
 NUM_CLASSES = 37
 
-Picture = dict[str, Any]
+Sample = dict[str, Any]
 
 
-def pictures(count: int) -> list[Picture]:
+def images(count: int) -> list[Sample]:
     generator = torch.Generator().manual_seed(count)
     labels = torch.arange(count) % NUM_CLASSES
     noise = torch.randn(count, 3, 32, 32, generator=generator)
     return [{"pixel_values": pixels, "labels": label} for pixels, label in zip(noise, labels, strict=True)]
 
 
-def stack(batch: list[Picture]) -> dict[str, Tensor]:
-    return {name: torch.stack([picture[name] for picture in batch]) for name in batch[0]}
+def stack(batch: list[Sample]) -> dict[str, Tensor]:
+    return {name: torch.stack([image[name] for image in batch]) for name in batch[0]}
 
 
 def save_adapter(name: str, classes: list[str]) -> None:
@@ -51,13 +51,13 @@ def save_adapter(name: str, classes: list[str]) -> None:
         BACKBONE, id2label=dict(enumerate(classes)), label2id={label: i for i, label in enumerate(classes)}
     )
     model = get_peft_model(base, E2VPTConfig())
-    apply_gates(model, prune(score_prompts(model, DataLoader(pictures(4), 2, collate_fn=stack)), 0.5, 0.25))
+    apply_gates(model, prune(score_prompts(model, DataLoader(images(4), 2, collate_fn=stack)), 0.5, 0.25))
     model.save_pretrained(name)
     ViTImageProcessorPil.from_pretrained(BACKBONE).save_pretrained(name)
 
 
 def save_photographs(name: str, classes: list[str]) -> None:
-    """A data set with the columns `image` and `label`, split into `train` and `test`."""
+    """A dataset with the columns `image` and `label`, split into `train` and `test`."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
     for split, count in (("train", 2 * NUM_CLASSES), ("test", 8)):
         photographs = [Image.new("RGB", (40, 36), (3 * i % 256, 90, 30)) for i in range(count)]
@@ -82,7 +82,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def given() -> dict[str, Any]:
     """What every page may use without saying where it comes from."""
-    train, validation = pictures(12), pictures(6)
+    train, validation = images(12), images(6)
     arguments = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none"}
     return {
         "args": TrainingArguments("outputs", use_cpu=True, disable_tqdm=True, **arguments),
@@ -90,7 +90,7 @@ def given() -> dict[str, Any]:
         "validation": validation,
         "train_loader": DataLoader(train, 4, collate_fn=stack),
         "validation_loader": DataLoader(validation, 4, collate_fn=stack),
-        "pixels": stack(pictures(4))["pixel_values"],
+        "pixels": stack(images(4))["pixel_values"],
         "photograph": Image.new("RGB", (40, 36)),
     }
 

@@ -30,7 +30,7 @@ from peft_e2vpt import PruneRewindCallback, requirements, score_prompts, search_
 from tests.support.adapted import config_of
 from tests.support.models import VIT
 from tests.support.paths import ROOT
-from tests.support.training import HALF, Pictures, adapted, trainer_for
+from tests.support.training import HALF, Images, adapted, trainer_for
 
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
@@ -86,32 +86,32 @@ def test_the_page_has_the_message(heading: str, tmp_path: Path, monkeypatch: pyt
 
 # --------------------------------------------------------------------------------------------------------------- tools
 class Without(Dataset):
-    """Pictures without one of their entries."""
+    """Images without one of their entries."""
 
     def __init__(self, missing: str) -> None:
-        self.pictures, self.missing = Pictures(), missing
+        self.images, self.missing = Images(), missing
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: value for name, value in self.pictures[index].items() if name != self.missing}
+        return {name: value for name, value in self.images[index].items() if name != self.missing}
 
 
-class WithOtherLabels(Pictures):
+class WithOtherLabels(Images):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**super().__getitem__(index), "labels": torch.tensor(5)}
 
 
 class Stream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        yield from Pictures()
+        yield from Images()
 
 
 def images() -> Any:
-    """A data set of Hugging Face with the columns image and label, and a transform that reads them."""
+    """A dataset of Hugging Face with the columns image and label, and a transform that reads them."""
     datasets = pytest.importorskip("datasets")
-    data = datasets.Dataset.from_dict({"image": Pictures().pixels.tolist(), "label": Pictures().labels.tolist()})
+    data = datasets.Dataset.from_dict({"image": Images().pixels.tolist(), "label": Images().labels.tolist()})
     return data.with_transform(
         lambda batch: {"pixel_values": [torch.tensor(image) for image in batch["image"]], "labels": batch["label"]}
     )
@@ -122,8 +122,8 @@ def train(callback: PruneRewindCallback | None = None, model: Any = None, **sett
 
 
 def batch(**changes: Any) -> dict[str, Tensor]:
-    pictures = Pictures(4)
-    return {"pixel_values": pictures.pixels, "labels": pictures.labels, **changes}
+    images = Images(4)
+    return {"pixel_values": images.pixels, "labels": images.labels, **changes}
 
 
 def saved(model: PeftModel | None = None) -> str:
@@ -216,13 +216,13 @@ def no_labels() -> None:
 
 @under("The training set is empty", of="torch")
 def empty_training_set() -> None:
-    train(train_dataset=Pictures(0))
+    train(train_dataset=Images(0))
 
 
 @under("There is no evaluation set to evaluate on", of="transformers")
 def no_set_to_evaluate() -> None:
     args = trainer_for(HERE, None, eval_strategy="epoch").args
-    Trainer(adapted(), args, train_dataset=Pictures())
+    Trainer(adapted(), args, train_dataset=Images())
 
 
 @under("There is no accuracy to choose the best model by", of="transformers")
@@ -251,12 +251,12 @@ def data_parallel() -> None:
 @under("There is no evaluation set to compare prunings on")
 def no_evaluation_set() -> None:
     args = trainer_for(HERE, None).args
-    Trainer(adapted(), args, train_dataset=Pictures(), callbacks=[PruneRewindCallback()]).train()
+    Trainer(adapted(), args, train_dataset=Images(), callbacks=[PruneRewindCallback()]).train()
 
 
 @under("The evaluation set is empty")
 def empty_evaluation_set() -> None:
-    train(PruneRewindCallback(), eval_dataset=Pictures(0))
+    train(PruneRewindCallback(), eval_dataset=Images(0))
 
 
 @under("The evaluation set has no labels")
@@ -266,7 +266,7 @@ def evaluation_without_labels() -> None:
 
 @under("There are several evaluation sets")
 def several_evaluation_sets() -> None:
-    train(PruneRewindCallback(), eval_dataset={"birds": Pictures(), "trees": Pictures()})
+    train(PruneRewindCallback(), eval_dataset={"birds": Images(), "trees": Images()})
 
 
 @under("The training set is a stream")
@@ -326,8 +326,8 @@ def foreign_checkpoint() -> None:
 # --------------------------------------------------------------------------------------------- scoring and searching
 @under("Batches are not dictionaries")
 def tuples() -> None:
-    pictures = Pictures()
-    score_prompts(adapted(), DataLoader(TensorDataset(pictures.pixels, pictures.labels), 4))
+    images = Images()
+    score_prompts(adapted(), DataLoader(TensorDataset(images.pixels, images.labels), 4))
 
 
 @under("The batches to score with have no labels")

@@ -112,8 +112,8 @@ def requested_addresses(browser: Any) -> list[str]:
 
 @pytest.mark.browser
 @needs_browser
-def test_visitor_drops_a_picture_and_changes_the_adapter(address, browser, tmp_path):
-    Image.linear_gradient("L").save(tmp_path / "picture.png")
+def test_visitor_drops_a_image_and_changes_the_adapter(address, browser, tmp_path):
+    Image.linear_gradient("L").save(tmp_path / "image.png")
 
     def see(selector: str) -> list[Any]:
         return browser.find_elements(By.CSS_SELECTOR, selector)
@@ -121,23 +121,23 @@ def test_visitor_drops_a_picture_and_changes_the_adapter(address, browser, tmp_p
     def read(selector: str) -> str:
         return " ".join(element.text for element in see(selector))
 
-    def picture() -> str | None:
+    def image() -> str | None:
         return next((image.get_attribute("src") for image in see("#maps img")), None)
 
     wait = WebDriverWait(browser, 60)
     browser.get(address)
     wait.until(lambda _: see("input[type=file]"))
-    assert picture() is None
+    assert image() is None
 
-    see("input[type=file]")[0].send_keys(str(tmp_path / "picture.png"))
+    see("input[type=file]")[0].send_keys(str(tmp_path / "image.png"))
     wait.until(lambda _: all(label in read("#answer") for label in TREES))
-    wait.until(lambda _: picture() is not None and see("#shares img"))
-    of_trees = picture()
+    wait.until(lambda _: image() is not None and see("#shares img"))
+    of_trees = image()
 
     next(label for label in see("#adapter label") if label.text == "birds").click()
     wait.until(lambda _: all(label in read("#answer") for label in BIRDS))
     assert not any(label in read("#answer") for label in TREES)
-    wait.until(lambda _: picture() not in (None, of_trees))
+    wait.until(lambda _: image() not in (None, of_trees))
 
     elsewhere = [url for url in requested_addresses(browser) if not url.startswith((address, "data:", "blob:"))]
     assert not elsewhere
@@ -181,7 +181,7 @@ def test_a_backbone_whose_attention_cannot_be_drawn_answers_all_the_same():
     model = get_peft_model(build("swin")[0], config_of()).eval()
     model.peft_config["default"].labels = TREES
     served = demo.Served(model, {"default": ViTImageProcessorPil(size={"height": 32, "width": 32})})
-    picture = Image.linear_gradient("L").convert("RGB")
-    assert sum(demo.classify(served, picture, "default").values()) == pytest.approx(1)
+    image = Image.linear_gradient("L").convert("RGB")
+    assert sum(demo.classify(served, image, "default").values()) == pytest.approx(1)
     with pytest.raises(ValueError, match="Windows and pyramids have no map"):
-        demo.attend(served, picture, "default")
+        demo.attend(served, image, "default")

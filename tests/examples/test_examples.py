@@ -132,11 +132,11 @@ def test_solar_cells_decode_to_rgb():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Twelve noisy pictures of two classes, one folder each: dark and bright."""
+def images(tmp_path_factory) -> Path:
+    """Twelve noisy images of two classes, one folder each: dark and bright."""
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     generator = torch.Generator().manual_seed(0)
     for label, level in (("dark", 30), ("bright", 200)):
         (folder / label).mkdir()
@@ -175,11 +175,11 @@ METHODS = ["linear", "e2vpt", "e2vpt-pruned", "vpt-deep", "vpt-shallow", "lora",
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, pictures, tiny_vit) -> tuple[Path, str]:
+def finished(tmp_path_factory, images, tiny_vit) -> tuple[Path, str]:
     """The folder and the printed text of a run with all methods, two steps each."""
     output = tmp_path_factory.mktemp("runs")
     run = finetune(
-        "--model_name_or_path", tiny_vit, "--train_dir", pictures, "--output_dir", output, "--method", "all",
+        "--model_name_or_path", tiny_vit, "--train_dir", images, "--output_dir", output, "--method", "all",
         "--max_steps", 2, "--per_device_train_batch_size", 4, "--train_val_split", 0.34, "--use_cpu",
         "--save_strategy", "steps", "--save_steps", 1,
     )  # fmt: skip
@@ -220,12 +220,12 @@ def test_finetuned_adapter_loads_into_a_new_base(finished, tiny_vit):
     assert (output / "e2vpt" / "preprocessor_config.json").is_file()
 
 
-def test_finetune_resumes_to_the_same_weights(finished, pictures, tiny_vit, tmp_path):
+def test_finetune_resumes_to_the_same_weights(finished, images, tiny_vit, tmp_path):
     from safetensors.torch import load_file
 
     output, _ = finished
     run = finetune(
-        "--model_name_or_path", tiny_vit, "--train_dir", pictures, "--output_dir", tmp_path, "--method", "e2vpt",
+        "--model_name_or_path", tiny_vit, "--train_dir", images, "--output_dir", tmp_path, "--method", "e2vpt",
         "--max_steps", 2, "--per_device_train_batch_size", 4, "--train_val_split", 0.34, "--use_cpu",
         "--resume_from_checkpoint", output / "e2vpt" / "checkpoint-1",
     )  # fmt: skip
@@ -236,12 +236,12 @@ def test_finetune_resumes_to_the_same_weights(finished, pictures, tiny_vit, tmp_
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
 
 
-def test_every_figure_of_a_run_is_drawn_with_one_command(finished, pictures, tmp_path, monkeypatch):
+def test_every_figure_of_a_run_is_drawn_with_one_command(finished, images, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     import figures as script
 
     output, _ = finished
-    arguments = [output, "--train_dir", pictures, "--train_val_split", 0.34, "--figures_dir", tmp_path, "--dpi", 30]
+    arguments = [output, "--train_dir", images, "--train_val_split", 0.34, "--figures_dir", tmp_path, "--dpi", 30]
     monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, arguments)])
     script.main()
     prompted = ["e2vpt", "e2vpt-pruned", "vpt-deep", "vpt-shallow"]
@@ -250,12 +250,12 @@ def test_every_figure_of_a_run_is_drawn_with_one_command(finished, pictures, tmp
     assert {path.stem for path in tmp_path.iterdir()} == expected
 
 
-def test_attention_maps_can_be_drawn_of_files(finished, pictures):
+def test_attention_maps_can_be_drawn_of_files(finished, images):
     pytest.importorskip("matplotlib")
     import figures as script
 
     output, _ = finished
-    files = sorted((pictures / "dark").iterdir())[:2]
+    files = sorted((images / "dark").iterdir())[:2]
     args = script.FigureArguments(maps_of=[str(file) for file in files], maps_size=64)
     batch = script.load_images_of_maps(args, None, output / "e2vpt")
     assert batch["pixel_values"].shape == (2, 3, 64, 64)
@@ -285,7 +285,7 @@ def test_head_and_prompts_have_their_own_learning_rates(tiny_vit, tmp_path):
     heads = script.find_head_names(base)
     model = script.prepare_model("e2vpt", base, script.ModelArguments())
     args = script.RecipeArguments(output_dir=str(tmp_path), learning_rate=0.5, use_cpu=True)
-    trainer = script.PictureTrainer(model, args, head_names=heads, head_learning_rate=0.25)
+    trainer = script.ImageTrainer(model, args, head_names=heads, head_learning_rate=0.25)
     rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
 
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -305,10 +305,10 @@ def test_head_and_prompts_have_their_own_learning_rates(tiny_vit, tmp_path):
         (["--train_dir", "PICTURES/dark", "--model_name_or_path", "VIT"], "one folder per class"),
     ],
 )
-def test_wrong_arguments_get_one_clear_sentence(arguments, message, pictures, tiny_vit, monkeypatch, capsys):
+def test_wrong_arguments_get_one_clear_sentence(arguments, message, images, tiny_vit, monkeypatch, capsys):
     import finetune as script
 
-    places = {"PICTURES": str(pictures), "VIT": str(tiny_vit)}
+    places = {"PICTURES": str(images), "VIT": str(tiny_vit)}
     for name, place in places.items():
         arguments = [argument.replace(name, place) for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments])

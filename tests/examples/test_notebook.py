@@ -32,8 +32,8 @@ def test_notebook_runs_from_top_to_bottom(notebook, tmp_path):
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": NOTEBOOK.parent}}).execute()
 
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    pictures = [cell for cell in cells if any("image/png" in output.get("data", {}) for output in cell.outputs)]
-    assert len(pictures) == 3  # a photograph, the pruning, the photograph that is judged
+    images = [cell for cell in cells if any("image/png" in output.get("data", {}) for output in cell.outputs)]
+    assert len(images) == 3  # a photograph, the pruning, the photograph that is judged
     before, after = [printed(cell) for cell in cells if "tuned values" in printed(cell)]
     assert "prompts 34,560" in before
     assert "prompts 21,888" in after

@@ -181,16 +181,16 @@ def test_results_of_other_settings_are_refused(experiment, monkeypatch):
         experiment(epochs=2).run()
 
 
-def test_after_pruning_training_starts_from_the_same_values_on_all_pictures(experiment, monkeypatch):
+def test_after_pruning_training_starts_from_the_same_values_on_all_images(experiment, monkeypatch):
     """Rewinding: the final training is the pruning training's start, without what was pruned."""
     from peft_e2vpt import trained_tensors
 
-    starts, pictures = [], []
+    starts, images = [], []
     train = protocol.Trainer.train
 
     def watched(trainer):
         starts.append(trained_tensors(trainer.model))
-        pictures.append((len(trainer.train_dataset), len(trainer.eval_dataset)))
+        images.append((len(trainer.train_dataset), len(trainer.eval_dataset)))
         return train(trainer)
 
     monkeypatch.setattr(protocol.Trainer, "train", watched)
@@ -199,7 +199,7 @@ def test_after_pruning_training_starts_from_the_same_values_on_all_pictures(expe
     prune["token_gates"][0][0], prune["segment_gates"][0][0] = 0, 8 * [0]
     run.training_of("final", 1, 0.01, 3, prune)
 
-    assert pictures == [(12, 6), (18, 8)]
+    assert images == [(12, 6), (18, 8)]
     assert starts[0].keys() == starts[1].keys()
     for name, start in starts[0].items():
         gates = torch.ones_like(start)
@@ -259,7 +259,7 @@ def test_means_are_of_all_tasks_or_left_open():
     )
 
 
-# -------------------------------------------------------------------------------------------------------- the pictures
+# -------------------------------------------------------------------------------------------------------- the images
 
 
 def test_a_tenth_is_cut_off_for_validation_the_same_every_time():
@@ -270,17 +270,17 @@ def test_a_tenth_is_cut_off_for_validation_the_same_every_time():
     assert fgvc.cut(entries, 0.1, seed=0) == (train, validation) != fgvc.cut(entries, 0.1, seed=1)
 
 
-def test_crops_show_a_part_of_the_picture():
+def test_crops_show_a_part_of_the_image():
     import numpy as np
     from PIL import Image
 
     x = np.tile(np.linspace(0, 250, 96), (64, 1)).astype("uint8")
-    picture = Image.fromarray(np.stack([x] * 3, axis=-1))
-    middle = np.asarray(fgvc.centre_crop(picture, 32))[..., 0].astype(float)
+    image = Image.fromarray(np.stack([x] * 3, axis=-1))
+    middle = np.asarray(fgvc.centre_crop(image, 32))[..., 0].astype(float)
     assert middle.shape == (32, 32)
     assert abs(middle[0, 0] - 52) < 3 and abs(middle[0, -1] - 198) < 3  # 20 and 76 of 96, half a pixel further in
 
-    crops = [np.asarray(fgvc.random_resized_crop(picture, 32))[0, :, 0].astype(float) for _ in range(40)]
+    crops = [np.asarray(fgvc.random_resized_crop(image, 32))[0, :, 0].astype(float) for _ in range(40)]
     assert all(len(crop) == 32 for crop in crops)
     shares = [abs(crop[-1] - crop[0]) / 250 for crop in crops]
     assert min(shares) < 0.5 and 0.15 < min(shares) and max(shares) <= 1
@@ -289,7 +289,7 @@ def test_crops_show_a_part_of_the_picture():
 
 def test_the_head_has_as_many_classes_as_the_data(tmp_path):
     for index in range(3):
-        stand_ins.write_picture(tmp_path / f"{index}.png", index, index)
+        stand_ins.write_image(tmp_path / f"{index}.png", index, index)
     lists = {"train": {"0.png": 7}, "validation": {"1.png": 30}, "test": {"2.png": 9, "0.png": 7}}
     placed = {
         name: {str(tmp_path / path): label for path, label in entries.items()} for name, entries in lists.items()

@@ -22,7 +22,7 @@ from peft_e2vpt.tuner.prompt_layers import prompt_layers
 from tests.support.models import build
 from tests.support.processes import torchrun
 from tests.support.sharded_worker import assert_same_run, run
-from tests.support.training import HALF, Pictures, adapted, assert_same_bits
+from tests.support.training import HALF, Images, adapted, assert_same_bits
 
 
 Ranks = list[dict[str, Any]]
@@ -150,4 +150,4 @@ def test_the_saved_adapter_is_compact_and_loads_back(out: Path, ranks: Ranks, fo
             parameter.requires_grad_(True)
         loaded = {name: tensor for name, tensor in trained_tensors(model).items() if name in ranks[0]["search"]["end"]}
         assert_same_bits(loaded, ranks[0]["search"]["end"])
-        assert model(pixel_values=Pictures(2).pixels).logits.isfinite().all()
+        assert model(pixel_values=Images(2).pixels).logits.isfinite().all()

@@ -186,7 +186,7 @@ def test_the_loop_with_accelerate_runs_as_it_stands(processes: int, tmp_path: Pa
         torchrun(str(EXAMPLE), *arguments)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["processes"] == processes
-    assert results["scored_pictures"] == 37
+    assert results["scored_images"] == 37
     assert results["tuned_percentage"] < results["tuned_percentage_before"]
     weights = load_file(tmp_path / "adapter_model.safetensors")
     kept = [int(tensor.sum()) for name, tensor in sorted(weights.items()) if "token_gates" in name]

@@ -39,8 +39,8 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(4, 3, 32, 32, generator=generator), torch.tensor([0, 3, 1, 2])
 
 
-def gradients_of_mean_loss(model: nn.Module, pictures: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    model(pixel_values=pictures[0], labels=pictures[1]).loss.backward()
+def gradients_of_mean_loss(model: nn.Module, images: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    model(pixel_values=images[0], labels=images[1]).loss.backward()
     return {name.removeprefix("module."): parameter.grad for name, parameter in trainable(model)}
 
 
@@ -49,13 +49,13 @@ def run(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD_SIZE
     )
-    pictures, labels = batch()
+    images, labels = batch()
     mine = slice(rank, None, WORLD_SIZE)
     for case in CASES:
         model = DistributedDataParallel(model_of(case), find_unused_parameters=False)
         for _ in range(2):  # an unused parameter is noticed in the second step
             model.zero_grad()
-            found: dict[str, Any] = gradients_of_mean_loss(model, (pictures[mine], labels[mine]))
+            found: dict[str, Any] = gradients_of_mean_loss(model, (images[mine], labels[mine]))
         found["world size"] = torch.distributed.get_world_size()
         torch.save(found, f"{folder}/{case}-{rank}.pt")
         del model  # it holds the process group, whose end would wait for threads of gloo with the lock of Python

@@ -56,10 +56,10 @@ def main(out: Path) -> None:
     plain = base()
     plain.load_adapter("tester/trees")
     keep("load_adapter", plain)
-    picture = Image.effect_noise((40, 40), 90).convert("RGB")
+    image = Image.effect_noise((40, 40), 90).convert("RGB")
     loaded = peft_e2vpt.load("tester/trees")
     answers = [
-        pipeline("image-classification", model=one, image_processor="tester/trees")(picture)
+        pipeline("image-classification", model=one, image_processor="tester/trees")(image)
         for one in (loaded, loaded.get_base_model())
     ]
     found["answers"] = answers

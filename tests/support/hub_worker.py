@@ -20,7 +20,7 @@ import peft_e2vpt
 from peft_e2vpt import PruneRewindCallback
 from tests.support.adapted import config_of, predict, prune, trained
 from tests.support.models import build
-from tests.support.training import Pictures
+from tests.support.training import Images
 
 
 BASE = "tester/vit"
@@ -77,7 +77,7 @@ def main(out: Path) -> None:
     )
     model = adapted(visual_prompt_dropout=0.0)
     callback = PruneRewindCallback(tokens=0.34, segments=0.25)
-    trainer = Trainer(model, arguments, train_dataset=Pictures(8), eval_dataset=Pictures(4), callbacks=[callback])
+    trainer = Trainer(model, arguments, train_dataset=Images(8), eval_dataset=Images(4), callbacks=[callback])
     trainer.train()
     keep("trained", model)
     trainer.push_to_hub(tags="trees", dataset_tags="tester/leaves", dataset="leaves", tasks="image-classification")

@@ -40,7 +40,7 @@ def pixels(generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def padded_patches(generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
-    """16 patches a picture, of which the second picture fills only 12."""
+    """16 patches an image, of which the second image fills only 12."""
     mask = torch.ones(BATCH, 16, dtype=torch.long)
     mask[1, 12:] = 0
     return {

@@ -34,7 +34,7 @@ def add(model: PeftModel, name: str, settings: dict[str, Any]) -> None:
 
 
 def with_adapters(name: str, adapters: dict[str, dict[str, Any]], **of_base: Any) -> tuple[PeftModel, Tensor]:
-    """The tiny model `name` with these adapters, the first of them active, and as many pictures and one more."""
+    """The tiny model `name` with these adapters, the first of them active, and as many images and one more."""
     base, _ = build(name, **of_base)
     first, *others = adapters
     model = trained(get_peft_model(base, config_of(**adapters[first]), first))

@@ -26,7 +26,7 @@ from peft_e2vpt import E2VPTConfig, PruneRewindCallback, trained_tensors
 from peft_e2vpt.distributed import assign, is_sharded, whole
 from peft_e2vpt.tuner.prompt_layers import prompt_layers
 from tests.support.models import build
-from tests.support.training import HALF, SETTINGS, Pictures, adapted, arguments, history_of, trainer_for
+from tests.support.training import HALF, SETTINGS, Images, adapted, arguments, history_of, trainer_for
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
@@ -75,8 +75,8 @@ def settings_of(kind: str, **deepspeed: Any) -> dict[str, Any]:
 @torch.no_grad()
 def pruned_values_have_no_effect(model: PeftModel) -> bool:
     """Whether the model gives the same bits when its pruned values are others."""
-    pictures = Pictures(4, seed=2).pixels
-    before = model.eval()(pixel_values=pictures).logits
+    images = Images(4, seed=2).pixels
+    before = model.eval()(pixel_values=images).logits
     layers = prompt_layers(model)
     for layer in layers:
         prompts, alive = layer.e2vpt_visual_prompts["default"], layer.alive("default")
@@ -84,7 +84,7 @@ def pruned_values_have_no_effect(model: PeftModel) -> bool:
         assert 0 < int(alive.sum()) < alive.numel() and (values[~alive] == 0).all()
         assign(prompts, values + (~alive).to(values) * 100)
         assert (whole(prompts)[~alive] == 100).all()
-    return torch.equal(model(pixel_values=pictures).logits, before)
+    return torch.equal(model(pixel_values=images).logits, before)
 
 
 def run(
@@ -95,7 +95,7 @@ def run(
     resume: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """A training with 4 samples a step, pruned after 10 of 20 steps, scored on 21 pictures; the adapter is saved."""
+    """A training with 4 samples a step, pruned after 10 of 20 steps, scored on 21 images; the adapter is saved."""
     boundary = Boundary()
     processes = 1 if kind == "alone" else 2
     trainer = trainer_for(
@@ -104,8 +104,8 @@ def run(
         model if model is not None else adapted(visual_prompt_dropout=0.0, seed=9 if resume else 0),
         boundary,
         ShardingTrainer if kind == "fsdp2" else Trainer,
-        train_dataset=Pictures(21),
-        eval_dataset=Pictures(9, seed=4),
+        train_dataset=Images(21),
+        eval_dataset=Images(9, seed=4),
         dataloader_drop_last=True,  # as many samples in every step as in one process
         per_device_train_batch_size=4 // processes,
         **{**settings_of(kind), **settings},

@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
 HALF: dict[str, Any] = {"tokens": 0.5, "segments": 0.25}
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     """Noise on a pattern for every label."""
 
     def __init__(self, count: int = 21, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
@@ -113,8 +113,8 @@ def trainer_for(
     return trainer_class(
         model if model is not None else adapted(),
         arguments(folder, **settings),
-        train_dataset=train_dataset if train_dataset is not None else Pictures(),
-        eval_dataset=eval_dataset if eval_dataset is not None else Pictures(9, seed=1),
+        train_dataset=train_dataset if train_dataset is not None else Images(),
+        eval_dataset=eval_dataset if eval_dataset is not None else Images(9, seed=1),
         callbacks=given,
         compute_metrics=compute_metrics,
     )
@@ -146,7 +146,7 @@ __all__ = [
     "NUM_PROMPTS",
     "NUM_SEGMENTS",
     "SETTINGS",
-    "Pictures",
+    "Images",
     "Watch",
     "adapted",
     "arguments",

@@ -29,12 +29,12 @@ from peft_e2vpt import (
     search_pruning,
     trained_tensors,
 )
-from tests.support.training import HALF, Pictures, Watch, adapted, history_of, state_of, trainer_for
+from tests.support.training import HALF, Images, Watch, adapted, history_of, state_of, trainer_for
 
 
 PLAIN: dict[str, Any] = {
-    "train_dataset": Pictures(21, dtype=torch.float64),
-    "eval_dataset": Pictures(9, seed=4, dtype=torch.float64),
+    "train_dataset": Images(21, dtype=torch.float64),
+    "eval_dataset": Images(9, seed=4, dtype=torch.float64),
     "dataloader_drop_last": True,  # as many samples in every step as in one process
 }
 SAVING = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
@@ -62,7 +62,7 @@ def scores_and_search(rank: int, size: int, wrap: Any = lambda model: model) -> 
 
 def sharded(rank: int, size: int) -> dict[str, Any]:
     """The functions on a model whose parameters FSDP2 shards; the first process has more batches than the second."""
-    training, validation = Pictures(20, dtype=torch.float64), Pictures(9, seed=4, dtype=torch.float64)
+    training, validation = Images(20, dtype=torch.float64), Images(9, seed=4, dtype=torch.float64)
     model = adapted("swin", dtype=torch.float64, visual_prompt_dropout=0.0)
     if size > 1:
         mesh = init_device_mesh("cpu", (size,))
@@ -81,7 +81,7 @@ def sharded(rank: int, size: int) -> dict[str, Any]:
             optimizer.step()
 
     train()
-    scores = score_prompts(model, shares(Pictures(21, dtype=torch.float64), rank, size, 5))
+    scores = score_prompts(model, shares(Images(21, dtype=torch.float64), rank, size, 5))
     search = search_pruning(model, scores, shares(validation, rank, size))
     model.eval()(**next(iter(shares(validation, rank, size))))  # leaves gathered parameters behind
     apply_gates(model, prune(scores, 0.5, 0.25))

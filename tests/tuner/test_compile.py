@@ -152,11 +152,11 @@ def test_a_pipeline_answers_as_the_model():
 
     model, _ = adapt()
     processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
-    pictures = [Image.new("RGB", (40, 48), color) for color in ("red", "teal")]
-    assert len(pictures) == BATCH
+    images = [Image.new("RGB", (40, 48), color) for color in ("red", "teal")]
+    assert len(images) == BATCH
     pipeline = transformers.pipeline("image-classification", model=model, image_processor=processor, device="cpu")
-    answers = pipeline(pictures, top_k=5)
-    scores = predict(model, processor(pictures, return_tensors="pt")).softmax(-1)
+    answers = pipeline(images, top_k=5)
+    scores = predict(model, processor(images, return_tensors="pt")).softmax(-1)
     for answer, expected in zip(answers, scores, strict=True):
         found = {entry["label"]: entry["score"] for entry in answer}
         assert found == pytest.approx(

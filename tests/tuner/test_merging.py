@@ -342,7 +342,7 @@ class Logits(nn.Module):
 
 
 def merged_for_export(name: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """A pruned and merged model, its pictures, and three others with their logits."""
+    """A pruned and merged model, its images, and three others with their logits."""
     model, inputs = adapt(name)
     prune(model)
     pixels = inputs["pixel_values"]

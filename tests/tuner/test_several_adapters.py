@@ -20,7 +20,7 @@ families = pytest.mark.parametrize("name", ["vit", "dinov2", "swin", "clip"])
 
 
 def saved(name: str, folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
-    """Saves all adapters of one model; their pictures, and what each adapter answers."""
+    """Saves all adapters of one model; their images, and what each adapter answers."""
     model, pixels = with_adapters(name, DIFFERENT)
     answers = {}
     for adapter_name in DIFFERENT:

@@ -37,12 +37,12 @@ from tests.support.models import NAMES, build, output_of
 
 # ------------------------------------------------------------------------------------------------------------- Trainer
 def images(count: int = 16, seed: int = 0) -> datasets.Dataset:
-    """Pictures whose class is the brightest of five stripes, with a column that the model does not take."""
+    """Images whose class is the brightest of five stripes, with a column that the model does not take."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(5, (count,), generator=generator)
     pixels = torch.randn(count, 3, 32, 32, generator=generator)
-    for picture, label in zip(pixels, labels, strict=True):
-        picture[:, 6 * label : 6 * label + 6] += 2
+    for image, label in zip(pixels, labels, strict=True):
+        image[:, 6 * label : 6 * label + 6] += 2
     names = [f"{number}.png" for number in range(count)]
     columns = {"pixel_values": pixels.numpy(), "labels": labels.tolist(), "file_name": names}
     return datasets.Dataset.from_dict(columns).with_format("torch")
