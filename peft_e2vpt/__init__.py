@@ -11,6 +11,7 @@ from ._former_paths import install as keep_former_paths
 from .attention_maps import AttentionMap, PromptAttention, attention_maps, prompt_attention
 from .hub.companion import AdapterCompanion
 from .hub.loading import load
+from .hub.pipelines import pipeline
 from .hub.upload import push_to_hub
 from .pruning.callback import PruneRewindCallback
 from .pruning.importance import ImportanceScores, score_prompts
@@ -47,6 +48,7 @@ __all__ = [
     "apply_gates",
     "attention_maps",
     "load",
+    "pipeline",
     "prompt_attention",
     "prune",
     "prune_to_budget",

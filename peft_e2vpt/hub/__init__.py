@@ -5,6 +5,7 @@ from .card import AdapterFacts, Location, write_card
 from .companion import AdapterCompanion
 from .conversion import read_checkpoint
 from .loading import load
+from .pipelines import pipeline
 from .upload import push_to_hub
 
 
@@ -13,6 +14,7 @@ __all__ = [
     "AdapterFacts",
     "Location",
     "load",
+    "pipeline",
     "push_to_hub",
     "read_checkpoint",
     "write_card",

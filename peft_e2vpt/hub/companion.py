@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,16 +13,23 @@ from torch import nn
 from ..tuner.config import E2VPTConfig
 from ..tuner.prompt_layers import adapted_model
 from ..tuner.summary import summarise
-from .card import AdapterFacts, task_of
+from .base_model import class_mapping, settings_of
+from .card import WITH_CLASSES, AdapterFacts, task_of
 
 
 def labels_of(model: nn.Module) -> list[str] | None:
-    """Names of the classes of a model in the order of its logits; `None` where it is no classifier."""
+    """Names of the classes of a model in the order of its logits; `None` if its task has no classes."""
     config = getattr(model, "config", None)
-    if config is None or task_of(model) is None:
+    if config is None or task_of(model) not in WITH_CLASSES or config.num_labels is None:
         return None
-    names = config.id2label or {}  # PVT has a number of classes without names
-    return [str(names.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
+    # scripts set string keys, as JSON has them; PVT has a number of classes without names
+    names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
+    labels = [names.get(index, f"LABEL_{index}") for index in range(config.num_labels)]
+    if are_generic(labels):  # perhaps only the other way round is set
+        names = {int(index): name for name, index in (config.label2id or {}).items()}
+        if names.keys() == set(range(len(labels))):
+            return [str(names[index]) for index in range(len(labels))]
+    return labels
 
 
 def are_generic(labels: list[str]) -> bool:
@@ -37,31 +46,53 @@ def facts_of(model: nn.Module, config: E2VPTConfig, adapter_name: str) -> Adapte
         adapter_name: its name in the model.
     """
     base = adapted_model(model)
-    name: str = getattr(base, "name_or_path", None) or config.base_model_name_or_path or ""
+    name: str = config.base_model_name_or_path or getattr(base, "name_or_path", None) or ""
     return AdapterFacts(summarise(base, adapter_name), name, task_of(base))
 
 
 class AdapterCompanion:
-    """Writes the classes of the model and a card with every adapter that is saved; see `tuner.config.Companion`."""
+    """Describes the model in the files of every adapter that is saved; see `tuner.config.Companion`."""
 
-    def compare(self, config: E2VPTConfig, model: nn.Module) -> None:
-        """Warns where an adapter brings other names of classes than its model has."""
+    def bind(self, config: E2VPTConfig, model: nn.Module) -> None:
+        """Warns where an adapter brings other classes or another kind of output than its model has."""
+        name = config.base_model_name_or_path
+        if name and Path(name).is_dir():  # a relative one would later be looked for elsewhere, or on the Hub
+            config.base_model_name_or_path = os.path.abspath(name)
         labels, known = labels_of(model), config.labels
-        if labels is None or known is None or len(labels) != len(known) or are_generic(labels) or labels == known:
-            return
-        different = next(index for index, name in enumerate(labels) if name != known[index])
-        warnings.warn(
-            f"The adapter's class {different} is {known[different]!r}, the model's is {labels[different]!r}: the "
-            "logits are in the order of the adapter. peft_e2vpt.load(...) names them rightly.",
-            stacklevel=2,
-        )
+        if labels and known and len(labels) == len(known) and not are_generic(labels) and labels != known:
+            different = next(index for index, name in enumerate(labels) if name != known[index])
+            warnings.warn(
+                f"The adapter's class {different} is {known[different]!r}, the model's is {labels[different]!r}: the "
+                "logits are in the order of the adapter. peft_e2vpt.load(...) names them rightly.",
+                stacklevel=2,
+            )
+        kind = (config.base_model_settings or {}).get("problem_type")
+        found = getattr(getattr(model, "config", None), "problem_type", None)
+        if kind not in (None, found) and (kind, found) != ("single_label_classification", None):
+            warnings.warn(
+                f"The adapter was trained with problem_type={kind!r}, and the model has {found!r}: loss and pipelines "
+                f"would take its outputs for something else. Set model.config.problem_type = {kind!r}, or build the "
+                "model with peft_e2vpt.load(...).",
+                stacklevel=2,
+            )
 
     def settings(self, config: E2VPTConfig, model: nn.Module) -> dict[str, Any]:
-        """The classes of the model; labels that came with the adapter stay where the model has only generic ones."""
-        labels, known = labels_of(adapted_model(model)), config.labels
-        if labels is not None and known is not None and len(known) == len(labels) and are_generic(labels):
-            return {}
-        return {"labels": labels}
+        """How the model is built again: its class, its classes, and what sets it apart from its checkpoint.
+
+        What came with the adapter stays where the model does not know better: where it has only generic names, or
+        where it is described by another one of its adapters.
+        """
+        base = adapted_model(model)
+        mapping, labels = class_mapping(base), labels_of(base)
+        known, earlier = config.labels, config.base_model_settings
+        if earlier is not None and len(getattr(model, "peft_config", {})) > 1:
+            return {"auto_mapping": mapping, "base_model_settings": earlier, "labels": known}
+        if labels and known and len(known) == len(labels) and are_generic(labels):
+            labels = known
+        settings = settings_of(base, config.base_model_name_or_path, config.revision)
+        if settings is not None and earlier is not None and settings.get("problem_type") is None:
+            settings |= {name: value for name, value in earlier.items() if name == "problem_type"}
+        return {"auto_mapping": mapping, "base_model_settings": settings, "labels": labels}
 
     def write(self, config: E2VPTConfig, model: nn.Module, adapter_name: str, folder: str) -> None:
         """Writes the card of the adapter that is being saved; one that somebody has changed stays."""

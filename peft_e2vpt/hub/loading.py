@@ -3,26 +3,21 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
 from torch import nn
 
-from .._compat import METHOD
 from ..tuner.config import E2VPTConfig
+from .base_model import class_of, settings_for
+from .files import adapter_file, checked_tensors, read_config
 
+
+__all__ = ["adapter_file", "load", "load_in_outline", "read_config"]
 
 # settings of a download, good for the adapter and its base model
 DOWNLOAD_SETTINGS = ("token", "cache_dir", "local_files_only", "force_download")
@@ -36,15 +31,17 @@ def load(
     base_model: str | Path | None = None,
     adapter_name: str = "default",
     is_trainable: bool = False,
+    torch_device: str | torch.device | None = None,
     **settings: Any,
 ) -> PeftModel:
     """Loads an E2VPT adapter with everything it needs: the base model, a head for its classes, and itself.
 
+    The base model is built as it was when the adapter was saved: its class, `problem_type`, image size and data type
+    are in `adapter_config.json`. What the call says comes first.
+
     ```python
     model = peft_e2vpt.load("me/vit-e2vpt-pets")
-    classifier = pipeline(
-        "image-classification", model=model.get_base_model(), image_processor="me/vit-e2vpt-pets"
-    )
+    logits = model(pixel_values=pixels).logits
     ```
 
     Args:
@@ -54,6 +51,7 @@ def load(
         base_model: name or path of the base model where it is not the one that the adapter names.
         adapter_name: name of the adapter in the model.
         is_trainable: whether it is going to be trained further.
+        torch_device: where the model goes; `device_map` among the settings is the other way to say it.
         settings: for the base model's `from_pretrained`, such as `dtype`, `device_map`, `attn_implementation`;
             `token`, `cache_dir`, `local_files_only` and `force_download` hold for the adapter too.
 
@@ -61,22 +59,30 @@ def load(
         The adapted model, in eval mode unless `is_trainable`.
 
     Raises:
-        ValueError: there is no adapter, the Hub is not reached, the adapter is not one of E2VPT, its base model is not
-            named or cannot be loaded, or `num_labels`, `id2label` or `label2id` contradict it.
+        ValueError: there is no adapter, its files are damaged, the Hub is not reached, the adapter is not one of
+            E2VPT, its base model is not named, cannot be loaded or has other sizes, or `num_labels`, `id2label` or
+            `label2id` contradict it.
     """
+    if torch_device is not None and "device_map" in settings:
+        raise ValueError("torch_device and device_map both say where the model goes: pass one of them.")
     where = str(repo_or_path)
     download = {name: settings[name] for name in DOWNLOAD_SETTINGS if name in settings}
     config = read_config(where, revision, subfolder, **download)
+    checked_tensors(where, revision, subfolder, **download)
+    cls = class_of(where, config)
     name = _name_of_base(where, config, base_model)
-    settings = _with_labels(where, config, settings)
     if base_model is None and config.revision is not None:
         settings.setdefault("revision", config.revision)
+    of_base = {key: settings[key] for key in (*DOWNLOAD_SETTINGS, "revision") if key in settings}
     try:
-        base: nn.Module = class_of(where, config).from_pretrained(name, **settings)
+        stored = settings_for(where, config.base_model_settings, cls, name, **of_base)
+        base = _load_base(where, config, cls, name, {**stored, **_with_labels(where, config, settings)})
     except OSError as error:
         raise ValueError(
             f"The base model {name!r} of the adapter {where} cannot be loaded; if it has moved, pass base_model=..."
         ) from error
+    if torch_device is not None:
+        base.to(torch_device)
     if not is_trainable:
         base.eval()
     return PeftModel.from_pretrained(
@@ -87,8 +93,29 @@ def load(
         config=config,
         revision=revision,
         subfolder=subfolder,
+        torch_device=None if torch_device is None else str(torch_device),
         **download,
     )
+
+
+def _load_base(where: str, config: E2VPTConfig, cls: Any, name: str, settings: dict[str, Any]) -> nn.Module:
+    """The base model; weights of other sizes than the checkpoint's are allowed where the adapter brings them."""
+    if "ignore_mismatched_sizes" in settings or not config.modules_to_save:
+        base: nn.Module = cls.from_pretrained(name, **settings)
+        return base
+    base, info = cls.from_pretrained(name, **settings, ignore_mismatched_sizes=True, output_loading_info=True)
+    different = [entry for entry in info["mismatched_keys"] if not _is_part_of(entry[0], config.modules_to_save)]
+    if different:
+        weight, found, needed = min(different)
+        raise ValueError(
+            f"The base model {name!r} does not fit the adapter {where}: its {weight} has shape {tuple(found)}, and "
+            f"{tuple(needed)} is needed. Pass the base model that the adapter was trained on as base_model=..."
+        )
+    return base
+
+
+def _is_part_of(weight: str, modules: Iterable[str]) -> bool:
+    return any(f".{module}." in f".{weight}" for module in modules)
 
 
 def load_in_outline(
@@ -113,16 +140,17 @@ def load_in_outline(
     """
     where = str(repo_or_path)
     config = read_config(where, revision, subfolder)
+    cls = class_of(where, config)
     name = _name_of_base(where, config, base_model)
-    settings = _with_labels(where, config, {})
-    settings.pop("ignore_mismatched_sizes", None)
+    settings: dict[str, Any] = {}
     if base_model is None and config.revision is not None:
         settings["revision"] = config.revision
     try:
-        of_base = transformers.AutoConfig.from_pretrained(name, **settings)
+        settings |= settings_for(where, config.base_model_settings, cls, name, **settings)
+        config_class = getattr(cls, "config_class", None) or transformers.AutoConfig
+        of_base = config_class.from_pretrained(name, **_with_labels(where, config, settings))
     except (OSError, ValueError) as error:
         raise ValueError(f"The config of the base model {name!r} cannot be read; name another base model.") from error
-    cls = class_of(where, config)
     with torch.device("meta"):
         base = cls(of_base) if issubclass(cls, transformers.PreTrainedModel) else cls.from_config(of_base)
     base.to_empty(device="cpu")
@@ -137,72 +165,6 @@ def _name_of_base(where: str, config: E2VPTConfig, base_model: str | Path | None
             "onto it with PeftModel.from_pretrained(model, ...)."
         )
     return name
-
-
-def adapter_file(
-    where: str, name: str, revision: str | None = None, subfolder: str | None = None, **download: Any
-) -> Path:
-    """The path of a file of an adapter; one on the Hub is downloaded by itself.
-
-    Args:
-        where: a repository of the Hub, or a folder.
-        name: of the file.
-        revision: branch, tag or commit of the repository.
-        subfolder: where in the repository or folder the adapter lies.
-        download: settings of the download.
-
-    Raises:
-        ValueError: there is no such file, or the Hub is not reached.
-    """
-    adapter = f"{where}/{subfolder}" if subfolder else where
-    missing = f"There is no adapter at {adapter}: no {name} was found."
-    if Path(where).is_dir():
-        path = Path(where, subfolder or "", name)
-        if not path.exists():
-            raise ValueError(missing)
-        return path
-    try:
-        return Path(hf_hub_download(where, name, revision=revision, subfolder=subfolder, **download))
-    except LocalEntryNotFoundError as error:
-        raise ValueError(
-            f"The adapter {adapter} is neither in a folder here nor in the cache, and the Hub was not reached: check "
-            "the path and the network, and whether HF_HUB_OFFLINE is set."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{missing} If the repository is private, log in with hf auth login, or pass token=..."
-        ) from error
-    except (EntryNotFoundError, HFValidationError) as error:
-        raise ValueError(missing) from error
-
-
-def read_config(where: str, revision: str | None = None, subfolder: str | None = None, **download: Any) -> E2VPTConfig:
-    """The configuration of an adapter; the arguments are those of `adapter_file`.
-
-    Raises:
-        ValueError: there is no adapter, or it is not one of E2VPT.
-    """
-    path = adapter_file(where, CONFIG_NAME, revision, subfolder, **download)
-    content = json.loads(path.read_text(encoding="utf-8"))
-    method = content.get("peft_type")
-    if method != METHOD:
-        name = f"{where}/{subfolder}" if subfolder else where
-        raise ValueError(f"The adapter at {name} is one of {method}, not of {METHOD}: load it with PEFT alone.")
-    config: E2VPTConfig = E2VPTConfig.from_pretrained(str(path.parent))
-    return config
-
-
-def class_of(where: str, config: E2VPTConfig) -> Any:
-    """The class of a base model: one of transformers, so that an adapter cannot name other code to import."""
-    if config.auto_mapping is None:  # with a task type PEFT writes none
-        return transformers.AutoModelForImageClassification
-    name = config.auto_mapping["base_model_class"]
-    if not hasattr(transformers, name):
-        raise ValueError(
-            f"The adapter {where} was made for a {name}, which transformers {transformers.__version__} does not have: "
-            "build that model and load the adapter onto it with PeftModel.from_pretrained(model, ...)."
-        )
-    return getattr(transformers, name)
 
 
 def _with_labels(where: str, config: E2VPTConfig, settings: dict[str, Any]) -> dict[str, Any]:
@@ -222,6 +184,4 @@ def _with_labels(where: str, config: E2VPTConfig, settings: dict[str, Any]) -> d
             )
     settings = {**settings, **theirs}
     del settings["num_labels"]  # follows from id2label
-    if config.modules_to_save:  # the adapter has the head, whatever the base model's may be
-        settings["ignore_mismatched_sizes"] = True
     return settings

@@ -7,6 +7,8 @@ has made, and nothing of an adapter's method runs after that. So this is a funct
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,10 +16,11 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 
 from ..pruning.report import PruningReport
 from ..tuner.config import E2VPTConfig
-from .card import BY_A_TRAINER, CARD_NAME, Location, is_replaceable, write_card
+from .card import BY_A_TRAINER, CARD_NAME, Location, is_replaceable, is_repo_id, write_card
 from .companion import facts_of
 
 
@@ -26,6 +29,7 @@ def push_to_hub(
     repo_id: str,
     *,
     adapter_name: str | None = None,
+    base_model: str | None = None,
     processing_class: Any = None,
     report: PruningReport | None = None,
     dataset: str | None = None,
@@ -51,6 +55,8 @@ def push_to_hub(
         model: a model with an E2VPT adapter.
         repo_id: the repository, made where there is none.
         adapter_name: the adapter to upload, by default the active one.
+        base_model: name of the base model on the Hub, where it was loaded from a folder. A folder of this machine is
+            not named in what is uploaded; without `base_model` the card asks its readers for one.
         processing_class: an image processor to save beside it, so that pipelines find it.
         report: of its pruning, `PruneRewindCallback.report` or `PruningReport.load(folder)`; gives the card a figure
             if matplotlib is installed.
@@ -79,6 +85,10 @@ def push_to_hub(
     with TemporaryDirectory() as root:
         folder = Path(root) if adapter_name == "default" else Path(root) / adapter_name
         model.save_pretrained(root, selected_adapters=[adapter_name])
+        facts = facts_of(model, config, adapter_name)
+        if base_model is not None:
+            facts = replace(facts, base_model=base_model)
+        _name_base_model(folder / CONFIG_NAME, facts.base_model if is_repo_id(facts.base_model) else None)
         if processing_class is not None:
             processing_class.save_pretrained(folder)
         if report is not None:
@@ -87,7 +97,7 @@ def push_to_hub(
         if earlier is None or is_replaceable(earlier.content) or BY_A_TRAINER in earlier.content:
             write_card(
                 folder,
-                facts_of(model, config, adapter_name),
+                facts,
                 Location(repo_id, revision, subfolder),
                 dataset=dataset,
                 metrics=metrics,
@@ -103,6 +113,12 @@ def push_to_hub(
             commit_message=commit_message,
             create_pr=create_pr,
         )
+
+
+def _name_base_model(path: Path, name: str | None) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["base_model_name_or_path"] = name
+    path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _card_on_the_hub(

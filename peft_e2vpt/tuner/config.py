@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 from peft import PeftConfig
 from torch import nn
 
-from .._compat import peft_type
+from .._compat import METHOD, peft_type
 
 
 FORMAT_VERSION = 1  # of adapter_config.json and adapter_model.safetensors; counts up when older readers would go wrong
@@ -39,8 +39,8 @@ def _is_whole(value: Any, least: int) -> bool:
 class Companion(Protocol):
     """What accompanies an adapter on disk besides PEFT's own files, given by the package above the tuner."""
 
-    def compare(self, config: E2VPTConfig, model: nn.Module) -> None:
-        """Warns where the saved adapter that `config` belongs to does not fit the model that it is put on."""
+    def bind(self, config: E2VPTConfig, model: nn.Module) -> None:
+        """Called when an adapter is put on a model: notes where that comes from, warns where the two do not fit."""
 
     def settings(self, config: E2VPTConfig, model: nn.Module) -> dict[str, Any]:
         """Fields of `adapter_config.json` that the model decides when its adapter is saved."""
@@ -117,6 +117,9 @@ class E2VPTConfig(PeftConfig):
         labels (`list[str]`, *optional*):
             Names of the classes in the order of the logits. Written when the adapter is saved, from the `id2label` of
             its model; `peft_e2vpt.load` builds the head from it.
+        base_model_settings (`dict`, *optional*):
+            What sets the base model apart from its checkpoint, as in its config: `problem_type`, `image_size`, `dtype`
+            and the like. Written when the adapter is saved; `peft_e2vpt.load` builds the base model with it.
         format_version (`int`, *optional*, defaults to 1):
             Version of the files of a saved adapter. Files of a newer version than this package knows are refused.
 
@@ -165,6 +168,9 @@ class E2VPTConfig(PeftConfig):
     labels: list[str] | None = field(
         default=None, metadata={"help": "Names of the classes; written when the adapter is saved."}
     )
+    base_model_settings: dict[str, Any] | None = field(
+        default=None, metadata={"help": "How the base model differs from its checkpoint; written when saved."}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved files."})
 
     def __post_init__(self) -> None:
@@ -192,9 +198,13 @@ class E2VPTConfig(PeftConfig):
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Drops, with a warning, what `adapter_config.json` says and this version does not know.
 
+        PEFT calls it also for files of other methods, or of none, and then has the last word.
+
         Raises:
             ValueError: the file is of a newer format, so that leaving something out would go wrong.
         """
+        if kwargs.get("peft_type") != METHOD:
+            return kwargs
         unknown = kwargs.keys() - {known.name for known in fields(cls)}
         if kwargs.get("format_version", FORMAT_VERSION) == FORMAT_VERSION and unknown:
             warnings.warn(
@@ -228,6 +238,8 @@ class E2VPTConfig(PeftConfig):
         complete = copy.copy(self)
         for name, value in self.companion.settings(self, model).items():
             setattr(complete, name, value)
+        if "auto_mapping_dict" in kwargs:  # PEFT's own, which is None where there is a task type
+            kwargs["auto_mapping_dict"] = complete.auto_mapping
         super(E2VPTConfig, complete).save_pretrained(save_directory, **kwargs)
         if "auto_mapping_dict" in kwargs:  # PeftModel has just saved the adapter here
             self.companion.write(complete, model, adapter_name, save_directory)
@@ -243,6 +255,9 @@ class E2VPTConfig(PeftConfig):
         labels: Any = self.labels
         if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
             raise ValueError(f"labels must be None or a list of names, got {labels!r}.")
+        settings: Any = self.base_model_settings
+        if settings is not None and not isinstance(settings, dict):
+            raise ValueError(f"base_model_settings must be None or a dictionary, got {settings!r}.")
 
     def _check_counts(self) -> None:
         for name, least in (("num_visual_prompts", 0), ("num_kv_prompts", 0), ("num_segments", 1)):

@@ -84,7 +84,7 @@ class E2VPTModel(BaseTuner):
         check_modules_to_save(self.model, heads, self._targets)
         peft_config.modules_to_save = heads
         if peft_config.companion is not None:
-            peft_config.companion.compare(peft_config, self.model)
+            peft_config.companion.bind(peft_config, self.model)
         tag(self.model)
         return peft_config
 
