@@ -79,7 +79,7 @@ def pipeline(
 
 
 def _processors_of(task: str) -> dict[str, bool]:
-    """The processors that the pipeline of a task takes, and whether it needs them."""
+    """The processors that the pipeline of a task takes, and whether it cannot do without."""
     from transformers.pipelines import check_task
 
     _, of_task, _ = check_task(task)
@@ -97,11 +97,12 @@ def _processor(
     for place, settings in places:
         try:
             return getattr(transformers, PROCESSORS[kind]).from_pretrained(place, **settings, **download)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             reasons.append(error)
     if not is_required:
         return None
     raise ValueError(
-        f"No {kind} lies beside the adapter {places[0][0]} or its base model {places[1][0]}: save it with "
-        f"{kind}.save_pretrained(...) into the adapter's folder, or pass {kind}=..."
+        f"The pipeline needs {'an' if kind[0] in 'aeiou' else 'a'} {kind}, but none lies beside the adapter "
+        f"{places[0][0]} or its base model {places[1][0]}: save one into the adapter's folder with "
+        f"save_pretrained, or pass {kind}=..."
     ) from reasons[0]

@@ -134,6 +134,25 @@ def test_the_snippets_of_a_card_run_as_they_are_and_give_the_same_answers(hub, n
         assert json.loads(out.with_suffix(".json").read_text()) == sorted(LABELS)
 
 
+def test_an_adapter_of_a_local_base_model_says_so_and_names_no_folder_of_its_author(hub):
+    files, card = hub.server.files("tester/local"), hub.card("tester/local")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
+    assert not any(str(hub.out).encode() in content for content in files.values())
+    assert "base_model" not in metadata_of(card) and "folder of the author's, `vit_of_mine`" in card
+    (snippet,) = snippets_of(card)
+    assert 'peft_e2vpt.load("tester/local", base_model="...")' in snippet
+    program, out = hub.out / "snippet_local.py", hub.out / "snippet_local.pt"
+    program.write_text(snippet.replace('"..."', '"tester/vit"') + SAVE)
+    hub.python(str(program), str(hub.out / "inputs.pt"), str(out))
+    assert torch.equal(torch.load(out), hub.answers("local"))
+
+
+def test_a_local_base_model_can_be_given_its_name_on_the_hub(hub):
+    files, card = hub.server.files("tester/named"), hub.card("tester/named")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tester/vit"
+    assert metadata_of(card)["base_model"] == "tester/vit" and 'peft_e2vpt.load("tester/named")\n' in card
+
+
 def test_an_adapter_in_a_subfolder_of_a_branch_leaves_the_rest_of_the_repository_alone(hub):
     assert hub.server.files("tester/many", "main") == {}
     files = {"README.md", "adapter_config.json", "adapter_model.safetensors"}

@@ -57,6 +57,12 @@ def main(out: Path) -> None:
         metrics={"eval_accuracy": 0.875, "eval_loss": 0.5, "eval_runtime": 3.0},
     )
 
+    base.save_pretrained(out / "vit_of_mine")
+    local = trained(get_peft_model(ViTForImageClassification.from_pretrained(out / "vit_of_mine"), config_of())).eval()
+    keep("local", local)
+    peft_e2vpt.push_to_hub(local, "tester/local")
+    peft_e2vpt.push_to_hub(local, "tester/named", base_model=BASE)
+
     model = adapted("oak", num_visual_prompts=4)
     prune(model, "oak")
     keep("pruned", model)

@@ -29,6 +29,7 @@ FREE = {
     "modules_to_save": st.none() | st.just([]) | NAMES,
     "init_weights": st.booleans(),
     "labels": st.none() | NAMES,
+    "base_model_settings": st.none() | st.just({"problem_type": None, "vision_config": {"image_size": [32, 48]}}),
     "format_version": st.just(1),
     "inference_mode": st.booleans(),
     "revision": st.none() | st.just("main"),
