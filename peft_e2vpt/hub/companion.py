@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..tuner.config import E2VPTConfig
@@ -17,19 +18,45 @@ from .base_model import class_mapping, settings_of
 from .card import WITH_CLASSES, AdapterFacts, task_of
 
 
-def labels_of(model: nn.Module) -> list[str] | None:
-    """Names of the classes of a model in the order of its logits; `None` if its task has no classes."""
+def labels_of(model: nn.Module, num_labels: int | None = None) -> list[str] | None:
+    """Names of the classes of a model in the order of its logits; `None` if its task has no classes.
+
+    Args:
+        model: a model without wrapper.
+        num_labels: how many classes there are, by default as many as its config says.
+    """
     config = getattr(model, "config", None)
-    if config is None or task_of(model) not in WITH_CLASSES or config.num_labels is None:
+    if config is None or task_of(model) not in WITH_CLASSES:
+        return None
+    num_labels = config.num_labels if num_labels is None else num_labels
+    if num_labels is None:
         return None
     # scripts set string keys, as JSON has them; PVT has a number of classes without names
     names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
-    labels = [names.get(index, f"LABEL_{index}") for index in range(config.num_labels)]
+    labels = [names.get(index, f"LABEL_{index}") for index in range(num_labels)]
     if are_generic(labels):  # perhaps only the other way round is set
-        names = {int(index): name for name, index in (config.label2id or {}).items()}
-        if names.keys() == set(range(len(labels))):
-            return [str(names[index]) for index in range(len(labels))]
+        names = {int(index): str(name) for name, index in (config.label2id or {}).items()}
+        if names.keys() == set(range(num_labels)):
+            return [names[index] for index in range(num_labels)]
     return labels
+
+
+def num_logits(model: nn.Module, adapter_name: str) -> int | None:
+    """How many logits the head of an adapter gives; `None` if the adapter has none of a classifier.
+
+    A head may have been replaced, or `id2label` set to another length, so that the model's config does not tell.
+    """
+    if not (task_of(model) or "").endswith("classification"):
+        return None
+    heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    layers = [
+        layer
+        for head in heads
+        if adapter_name in head.modules_to_save
+        for layer in head.modules_to_save[adapter_name].modules()
+    ]
+    rows = [layer.out_features for layer in layers if isinstance(layer, nn.Linear)]
+    return rows[-1] if rows else None
 
 
 def are_generic(labels: list[str]) -> bool:
@@ -83,9 +110,11 @@ class AdapterCompanion:
         where it is described by another one of its adapters.
         """
         base = adapted_model(model)
-        mapping, labels = class_mapping(base), labels_of(base)
+        adapters: dict[str, E2VPTConfig] = getattr(model, "peft_config", {})
+        names = [name for name, own in adapters.items() if own is config]
+        mapping, labels = class_mapping(base), labels_of(base, num_logits(base, names[0]) if names else None)
         known, earlier = config.labels, config.base_model_settings
-        if earlier is not None and len(getattr(model, "peft_config", {})) > 1:
+        if earlier is not None and len(adapters) > 1:
             return {"auto_mapping": mapping, "base_model_settings": earlier, "labels": known}
         if labels and known and len(known) == len(labels) and are_generic(labels):
             labels = known

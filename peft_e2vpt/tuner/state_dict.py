@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import E2VPTConfig
 from .gates import alive_values
+from .head_mismatch import head_mismatch
 from .prompt_layers import prompt_layers
 
 
@@ -41,16 +42,8 @@ def fit_to_model(
     values = model.state_dict()
     for name, tensor in tensors.items():
         if f".modules_to_save.{adapter_name}." in name and name in values and tensor.shape != values[name].shape:
-            other_classes = tensor.shape[1:] == values[name].shape[1:]
-            raise ValueError(
-                f"The adapter's tensor {name.replace(f'.modules_to_save.{adapter_name}', '')} has shape "
-                f"{tuple(tensor.shape)}, but the model needs {tuple(values[name].shape)}: load "
-                + (
-                    f"the base model with the number of classes of the adapter, num_labels={len(tensor)}."
-                    if other_classes
-                    else "it on the backbone it was trained on."
-                )
-            )
+            path = name.replace(f".modules_to_save.{adapter_name}", "")
+            raise ValueError(head_mismatch(model, path, tensor.shape, values[name].shape, config))
     live = {name: tensor for name, tensor in values.items() if ".e2vpt_" in name and name.endswith(f".{adapter_name}")}
     given = {name: tensor for name, tensor in tensors.items() if ".e2vpt_" in name}
     missing, unknown = sorted(live.keys() - given.keys()), sorted(given.keys() - live.keys())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -256,6 +257,44 @@ def test_names_of_classes_travel_however_they_were_set(id2label, label2id, tmp_p
     config = peft_e2vpt.load(tmp_path / "adapter").config
     assert config.id2label == dict(enumerate(NAMES))
     assert config.label2id == {name: index for index, name in enumerate(NAMES)}
+
+
+def test_as_many_classes_are_stored_as_the_head_has(tmp_path):
+    base = Task(IMAGE, THREE).build(tmp_path / "base")
+    base.classifier = torch.nn.Linear(32, 4)
+    model = trained(get_peft_model(base, config_of())).eval()
+    model.config.id2label = {0: "cat", 1: "dog"}
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft_e2vpt.load(tmp_path / "adapter")
+    assert list(loaded.config.id2label.values()) == ["cat", "dog", "LABEL_2", "LABEL_3"]
+    inputs = pixels()
+    assert torch.equal(predict(loaded, inputs), predict(model, inputs))
+
+
+@pytest.mark.parametrize("labels", [True, False], ids=["with labels", "without"])
+@pytest.mark.parametrize(("name", "rows"), [("single-label", 5), ("detection", 4)])
+def test_the_advice_for_another_number_of_classes_helps_where_it_is_obeyed(name, rows, labels, tmp_path):
+    task = TASKS[name]
+    model, folder = adapter_for(task, tmp_path)
+    if not labels:
+        change(folder, labels=None)
+    other = task._replace(settings={"num_labels": 9}).build(tmp_path / "base")
+    with pytest.raises(ValueError, match=rf"has shape \({rows}, 32\), but .*: load the base model") as error:
+        PeftModel.from_pretrained(other, folder)
+    advice = int(re.search(r"num_labels=(\d+)\.$", str(error.value))[1])
+    loaded = PeftModel.from_pretrained(task._replace(settings={"num_labels": advice}).build(tmp_path / "base"), folder)
+    inputs = task.inputs()
+    assert torch.equal(answer(task, loaded.eval(), inputs), answer(task, model, inputs))
+
+
+def test_advice_that_has_been_obeyed_is_not_repeated(tmp_path):
+    _, folder = adapter_for(TASKS["single-label"], tmp_path)
+    base = TASKS["single-label"].build(tmp_path / "base")
+    base.classifier = torch.nn.Linear(32, 6)
+    with pytest.raises(
+        ValueError, match=r"needs \(6, 32\): give the base model the head that the adapter was trained"
+    ):
+        PeftModel.from_pretrained(base, folder)
 
 
 def test_an_adapter_saved_beside_another_keeps_its_own_classes_and_kind(tmp_path):
