@@ -52,11 +52,18 @@ def class_of(where: str, config: E2VPTConfig) -> Any:
     if config.auto_mapping is None:  # earlier versions wrote none where there is a task type
         return transformers.AutoModelForImageClassification
     name, library = config.auto_mapping["base_model_class"], str(config.auto_mapping.get("parent_library"))
-    cls = getattr(transformers, name, None) if library.split(".")[0] == "transformers" else None
+    is_public = library.split(".")[0] == "transformers"
+    cls = getattr(transformers, name, None)
+    way_out = "build that model and load the adapter onto it with PeftModel.from_pretrained(model, ...)."
+    if not is_public:
+        raise ValueError(
+            f"The adapter {where} was made for a {name} of {library}, and peft_e2vpt.load builds models of "
+            f"transformers only: {way_out}"
+        )
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise ValueError(
             f"The adapter {where} was made for a {name}, which transformers {transformers.__version__} does not have: "
-            "build that model and load the adapter onto it with PeftModel.from_pretrained(model, ...)."
+            f"{way_out}"
         )
     return cls
 

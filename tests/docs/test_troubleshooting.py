@@ -131,6 +131,12 @@ def saved(model: PeftModel | None = None) -> str:
     return "trees"
 
 
+def change(**settings: Any) -> None:
+    """Changes the configuration of the saved adapter."""
+    path = Path("trees/adapter_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
 def vit(**settings: Any) -> ViTForImageClassification:
     return ViTForImageClassification(ViTConfig(**{**VIT, "num_labels": 5, **settings}))
 
@@ -410,6 +416,43 @@ def nothing_for_load() -> None:
     peft_e2vpt.load("flowers")
 
 
+TENSORS = Path("trees/adapter_model.safetensors")
+
+
+@under("The adapter has no tensors")
+def no_tensors() -> None:
+    saved()
+    TENSORS.unlink()
+    peft_e2vpt.load("trees")
+
+
+@under("A file of the adapter is damaged")
+def damaged() -> None:
+    saved()
+    TENSORS.write_bytes(TENSORS.read_bytes()[:-1])
+    peft_e2vpt.load("trees")
+
+
+@under("A file of the adapter is a pointer of Git LFS")
+def pointer() -> None:
+    saved()
+    TENSORS.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    peft_e2vpt.load("trees")
+
+
+@under("The adapter is a pickle")
+def pickled() -> None:
+    adapted().save_pretrained("trees", safe_serialization=False)
+    peft_e2vpt.load("trees")
+
+
+@under("The folder holds something else")
+def something_else() -> None:
+    Path("trees").mkdir()
+    Path("trees/adapter_config.json").write_text('{"foo": "bar"}')
+    peft_e2vpt.load("trees")
+
+
 @under("The Hub is not reached")
 def no_hub() -> None:
     peft_e2vpt.load("me/vit-e2vpt-flowers")
@@ -421,6 +464,14 @@ def another_method() -> None:
     peft_e2vpt.load("trees")
 
 
+@under("The adapter was made for a model of another library")
+def of_another_library() -> None:
+    saved()
+    library = {"base_model_class": "VisionTransformer", "parent_library": "timm.models.vision_transformer"}
+    change(auto_mapping=library)
+    peft_e2vpt.load("trees")
+
+
 @under("The adapter names no base model")
 def no_base_model() -> None:
     peft_e2vpt.load(saved())  # of a model that was built, not loaded
@@ -428,14 +479,27 @@ def no_base_model() -> None:
 
 @under("The base model is gone")
 def base_model_gone() -> None:
-    path = Path(saved()) / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "me/vit"}))
+    saved()
+    change(base_model_name_or_path="me/vit")
     peft_e2vpt.load("trees")
+
+
+@under("The base model is another one")
+def another_base_model() -> None:
+    vit(image_size=64).save_pretrained("vit_64")
+    peft_e2vpt.load(saved(), base_model="vit_64")
 
 
 @under("The base model has another number of classes")
 def other_classes() -> None:
     PeftModel.from_pretrained(vit(num_labels=3), saved())
+
+
+@under("The base model has another head")
+def other_head() -> None:
+    model = vit()
+    model.classifier = nn.Linear(32, 6)
+    PeftModel.from_pretrained(model, saved())
 
 
 @under("The base model has another width")
@@ -446,6 +510,17 @@ def other_width() -> None:
 @under("The base model has other layers")
 def other_layers() -> None:
     PeftModel.from_pretrained(vit(num_hidden_layers=2), saved())
+
+
+@under("The place of the model is given twice")
+def placed_twice() -> None:
+    peft_e2vpt.load(saved(), torch_device="cpu", device_map="auto")
+
+
+@under("A pipeline has no processor")
+def no_processor() -> None:
+    vit().save_pretrained("base")
+    peft_e2vpt.pipeline("image-classification", saved(), base_model="base")
 
 
 @under("Nobody is logged in to upload")

@@ -366,7 +366,7 @@ def test_an_adapter_passes_only_settings_that_the_config_has(tmp_path):
 def test_a_model_that_is_not_of_transformers_is_refused_with_the_way_out(name, library, tmp_path):
     _, folder = adapter_for(TASKS["regression"], tmp_path)
     change(folder, auto_mapping={"base_model_class": name, "parent_library": library}, base_model_name_or_path=None)
-    with pytest.raises(ValueError, match=rf"made for a {name}, .* build that model and load the adapter onto it"):
+    with pytest.raises(ValueError, match=rf"made for a {name}.*: build that model and load the adapter onto it"):
         peft_e2vpt.load(folder)
 
 
@@ -421,8 +421,8 @@ def broken_tensors(kind: str, path: Path) -> None:
     ("kind", "message"),
     [
         ("missing", r"There is no adapter at .*adapter: no adapter_model.safetensors was found"),
-        ("empty", r"adapter_model.safetensors is damaged or incomplete \(.*\): copy it again"),
-        ("truncated", r"adapter_model.safetensors is damaged or incomplete \(.*\): copy it again"),
+        ("empty", r"adapter_model.safetensors is damaged or incomplete: copy it again"),
+        ("truncated", r"adapter_model.safetensors is damaged or incomplete: copy it again"),
         ("pointer", r"adapter_model.safetensors is a pointer of Git LFS, not the file itself: run git lfs pull"),
         ("pickle", r"adapter at .*adapter has its tensors in adapter_model.bin, a pickle, which can run code"),
     ],
