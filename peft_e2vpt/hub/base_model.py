@@ -8,7 +8,10 @@ image size or a data type of its own. These differences are written into `adapte
 from __future__ import annotations
 
 import json
+import re
 import warnings
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import transformers
@@ -18,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..tuner.config import E2VPTConfig
 
 
+MODELLING = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
 # what a checkpoint says of itself, what `labels` hold, what would choose code, and what only a run needs
 NOT_STORED = {
     "architectures",
@@ -52,14 +56,15 @@ def class_of(where: str, config: E2VPTConfig) -> Any:
     if config.auto_mapping is None:  # earlier versions wrote none where there is a task type
         return transformers.AutoModelForImageClassification
     name, library = config.auto_mapping["base_model_class"], str(config.auto_mapping.get("parent_library"))
-    is_public = library.split(".")[0] == "transformers"
-    cls = getattr(transformers, name, None)
     way_out = "build that model and load the adapter onto it with PeftModel.from_pretrained(model, ...)."
-    if not is_public:
+    if library.split(".")[0] != "transformers":
         raise ValueError(
             f"The adapter {where} was made for a {name} of {library}, and peft_e2vpt.load builds models of "
             f"transformers only: {way_out}"
         )
+    cls = getattr(transformers, name, None)
+    if cls is None and MODELLING.fullmatch(library) and find_spec(library):  # a tower is not public everywhere
+        cls = getattr(import_module(library), name, None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise ValueError(
             f"The adapter {where} was made for a {name}, which transformers {transformers.__version__} does not have: "
@@ -83,7 +88,8 @@ def settings_of(model: nn.Module, name: str | None, revision: str | None) -> dic
     if not isinstance(model, PreTrainedModel):
         return None
     original = _original(type(model.config), name, revision)
-    differences = _differences(_as_dict(model.config), original)
+    ours = {name: value for name, value in _as_dict(model.config).items() if hasattr(model.config, name)}
+    differences = _differences(ours, original)
     dtype = str(model.dtype).removeprefix("torch.")
     if original.get("dtype") != dtype:
         differences["dtype"] = dtype

@@ -14,10 +14,8 @@ from torch import nn
 
 from ..tuner.config import E2VPTConfig
 from .base_model import class_of, settings_for
-from .files import adapter_file, checked_tensors, read_config
+from .files import checked_tensors, read_config
 
-
-__all__ = ["adapter_file", "load", "load_in_outline", "read_config"]
 
 # settings of a download, good for the adapter and its base model
 DOWNLOAD_SETTINGS = ("token", "cache_dir", "local_files_only", "force_download")
@@ -104,7 +102,9 @@ def _load_base(where: str, config: E2VPTConfig, cls: Any, name: str, settings: d
         base: nn.Module = cls.from_pretrained(name, **settings)
         return base
     base, info = cls.from_pretrained(name, **settings, ignore_mismatched_sizes=True, output_loading_info=True)
-    different = [entry for entry in info["mismatched_keys"] if not _is_part_of(entry[0], config.modules_to_save)]
+    # buffers of other sizes are computed from the config: class weights of a loss, indices of positions
+    parameters = {weight for weight, _ in base.named_parameters() if not _is_part_of(weight, config.modules_to_save)}
+    different = [entry for entry in info["mismatched_keys"] if entry[0] in parameters]
     if different:
         weight, found, needed = min(different)
         raise ValueError(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import peft_e2vpt
 from peft_e2vpt import E2VPTConfig
+from peft_e2vpt.hub.base_model import class_mapping
 from tests.support.adapted import config_of, predict, trained
 from tests.support.models import TEXT, VIT, build
 
@@ -67,6 +68,24 @@ DPT = {
     "fusion_hidden_size": 16,
 }
 YOLOS = {**VIT, "image_size": [32, 32], "num_detection_tokens": 5, "num_labels": 7}
+MASK2FORMER = {
+    "backbone_config": transformers.SwinConfig(
+        image_size=64,
+        patch_size=4,
+        embed_dim=16,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 2, 2, 2],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    ),
+    **dict.fromkeys(("hidden_size", "feature_size", "mask_feature_size"), 32),
+    **dict.fromkeys(("dim_feedforward", "encoder_feedforward_dim"), 64),
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "num_attention_heads": 4,
+    "num_queries": 5,
+    "num_labels": 7,
+}
 AST = {
     **{name: value for name, value in VIT.items() if name != "image_size"},
     "max_length": 32,
@@ -95,6 +114,14 @@ TASKS = {
     "depth": Task("DPTForDepthEstimation", DPT, output="predicted_depth", adapter={"modules_to_save": ["head.head"]}),
     "detection": Task(BOXES, YOLOS, {"num_labels": 3}),
     "boxes": Task(BOXES, YOLOS, {"num_labels": 3}, output="pred_boxes"),
+    "instances": Task(
+        "Mask2FormerForUniversalSegmentation",
+        MASK2FORMER,
+        {"num_labels": 3},
+        inputs=lambda: pixels(64),
+        output="class_queries_logits",
+        adapter={"modules_to_save": ["class_predictor"]},
+    ),
     "features": Task("ViTModel", VIT, output="last_hidden_state"),
     "pooled features": Task("ViTModel", VIT, output="pooler_output"),
     "features, named as a task": Task(
@@ -228,6 +255,24 @@ def test_the_auto_classes_of_peft_read_the_same_files(auto, name, tmp_path):
     inputs = pixels()
     loaded = auto.from_pretrained(folder).eval()
     assert torch.equal(answer(TASKS[name], loaded, inputs), answer(TASKS[name], model, inputs))
+
+
+def test_a_tower_that_transformers_does_not_offer_by_name_is_rebuilt_too(tmp_path):
+    from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2VisionModel
+
+    Kosmos2VisionModel(Kosmos2VisionModel.config_class(**VIT)).save_pretrained(tmp_path / "base")
+    model = trained(get_peft_model(Kosmos2VisionModel.from_pretrained(tmp_path / "base"), config_of())).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft_e2vpt.load(tmp_path / "adapter")
+    inputs = pixels()
+    assert torch.equal(predict(loaded, inputs), predict(model, inputs))
+
+
+def test_the_class_that_fsdp_makes_of_a_model_is_not_stored():
+    cls = transformers.ViTForImageClassification
+    sharded = type(f"FSDP{cls.__name__}", (cls,), {"__module__": "torch.distributed.fsdp._fully_shard._fully_shard"})
+    expected = {"base_model_class": "ViTForImageClassification", "parent_library": cls.__module__}
+    assert class_mapping(sharded(transformers.ViTConfig(**VIT))) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------- classes
