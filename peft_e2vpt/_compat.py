@@ -10,9 +10,15 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 
 
-__all__ = ["METHOD", "BufferDict", "ExcludedModule", "peft_type"]
+__all__ = ["METHOD", "BufferDict", "ExcludedModule", "peft_type", "takes_processor"]
 
 METHOD = "E2VPT"
+
+
+def takes_processor(pipeline_class: type, kind: str) -> bool | None:
+    """Whether a pipeline of transformers needs a processor, such as an `"image_processor"`; `None`: it can use one."""
+    flag: bool | None = getattr(pipeline_class, f"_load_{kind}", False)
+    return flag
 
 
 def _load_peft_type(name: str) -> PeftType:

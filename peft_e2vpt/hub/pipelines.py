@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
+from .._compat import takes_processor
 from .files import read_config
 from .loading import DOWNLOAD_SETTINGS, load
 
@@ -86,7 +87,7 @@ def _processors_of(task: str) -> dict[str, bool]:
     cls = of_task["impl"]
     if isinstance(cls, str):  # its path, in newer versions of transformers
         cls = getattr(transformers, cls.rsplit(".", 1)[-1])
-    flags = {kind: getattr(cls, f"_load_{kind}", False) for kind in PROCESSORS}
+    flags = {kind: takes_processor(cls, kind) for kind in PROCESSORS}
     return {kind: bool(flag) for kind, flag in flags.items() if flag is not False}
 
 

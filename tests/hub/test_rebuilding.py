@@ -19,9 +19,11 @@ from torch import Tensor
 
 import peft_e2vpt
 from peft_e2vpt import E2VPTConfig
+from peft_e2vpt._compat import takes_processor
 from peft_e2vpt.hub.base_model import class_mapping
+from peft_e2vpt.hub.pipelines import PROCESSORS
 from tests.support.adapted import config_of, predict, trained
-from tests.support.models import TEXT, VIT, build
+from tests.support.models import SWIN, TEXT, VIT, build
 
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "saved_by_0.1.0"
@@ -148,6 +150,7 @@ TASKS = {
     "another image size": Task(
         BOXES, YOLOS, {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}}, inputs=lambda: pixels(48)
     ),
+    "an image size of its own": Task("SwinForImageClassification", SWIN, {"num_labels": 4, "image_size": 64}),
     "a setting in a tower": Task(
         "CLIPModel", CLIP, {"vision_config": {"layer_norm_eps": 0.1}}, inputs=captioned, output="logits_per_image"
     ),
@@ -530,6 +533,15 @@ def image() -> Any:
     return pil.linear_gradient("L").convert("RGB").resize((32, 32))
 
 
+def in_plain_types(found: Any) -> Any:
+    """What a pipeline returns, with tensors as lists; images compare by themselves."""
+    if isinstance(found, dict):
+        return {name: in_plain_types(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [in_plain_types(value) for value in found]
+    return found.tolist() if isinstance(found, Tensor) else found
+
+
 def processor() -> Any:
     return transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
 
@@ -553,6 +565,30 @@ def test_a_pipeline_reads_the_outputs_as_what_they_are(name, function, beside, t
         scores = {answer["label"]: answer["score"] for answer in classify(picture, top_k=9)}
         found = torch.tensor([scores[f"LABEL_{index}"] for index in range(len(expected))])
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "processor"),
+    [
+        ("segmentation", "image-segmentation", "SegformerImageProcessorPil"),
+        ("detection", "object-detection", "YolosImageProcessorPil"),
+        ("depth", "depth-estimation", "DPTImageProcessorPil"),
+        ("features", "image-feature-extraction", "ViTImageProcessorPil"),
+    ],
+)
+def test_pipelines_of_other_tasks_find_model_and_processor_by_the_path_of_the_adapter(name, task, processor, tmp_path):
+    model, folder = adapter_for(TASKS[name], tmp_path)
+    image_processor = getattr(transformers, processor)(size={"height": 32, "width": 32})
+    image_processor.save_pretrained(folder)
+    expected = transformers.pipeline(task, model=model.get_base_model(), image_processor=image_processor)(image())
+    found = peft_e2vpt.pipeline(task, folder)(image())
+    assert expected and in_plain_types(found) == in_plain_types(expected)
+
+
+def test_transformers_pipelines_still_say_which_processors_they_take():
+    assert all(hasattr(transformers.Pipeline, f"_load_{kind}") for kind in PROCESSORS)
+    assert takes_processor(transformers.ImageClassificationPipeline, "image_processor") is True
+    assert takes_processor(transformers.ImageClassificationPipeline, "tokenizer") is False
 
 
 def test_a_pipeline_without_a_processor_says_what_to_do(tmp_path):
