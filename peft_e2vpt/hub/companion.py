@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,21 @@ def labels_of(model: nn.Module, num_labels: int | None = None) -> list[str] | No
         num_labels: how many classes there are, by default as many as its config says.
     """
     config = getattr(model, "config", None)
-    if config is None or task_of(model) not in WITH_CLASSES:
+    num_labels = getattr(config, "num_labels", None) if num_labels is None else num_labels
+    if num_labels is None or task_of(model) not in WITH_CLASSES:
         return None
-    num_labels = config.num_labels if num_labels is None else num_labels
-    if num_labels is None:
-        return None
-    # scripts set string keys, as JSON has them; PVT has a number of classes without names
-    names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
+    names = _by_number((getattr(config, "id2label", None) or {}).items())
     labels = [names.get(index, f"LABEL_{index}") for index in range(num_labels)]
     if are_generic(labels):  # perhaps only the other way round is set
-        names = {int(index): str(name) for name, index in (config.label2id or {}).items()}
+        names = _by_number((index, name) for name, index in (getattr(config, "label2id", None) or {}).items())
         if names.keys() == set(range(num_labels)):
             return [names[index] for index in range(num_labels)]
     return labels
+
+
+def _by_number(pairs: Iterable[tuple[Any, Any]]) -> dict[int, str]:
+    """Names by their numbers, which are strings in scripts that think of JSON; what is no number names no logit."""
+    return {int(index): str(name) for index, name in pairs if str(index).isdecimal()}
 
 
 def num_logits(model: nn.Module, adapter_name: str) -> int | None:

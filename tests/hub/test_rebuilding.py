@@ -307,6 +307,13 @@ def test_names_of_classes_travel_however_they_were_set(id2label, label2id, tmp_p
     assert config.label2id == {name: index for index, name in enumerate(NAMES)}
 
 
+def test_classes_that_are_no_numbers_do_not_stop_an_adapter_from_being_saved(tmp_path):
+    model = get_peft_model(Task(IMAGE, THREE).build(tmp_path / "base"), config_of())
+    model.config.id2label = {"cat": 0, "dog": 1, "owl": 2}  # the wrong way round
+    model.save_pretrained(tmp_path / "adapter")
+    assert settings_in(tmp_path / "adapter")["labels"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
 def test_as_many_classes_are_stored_as_the_head_has(tmp_path):
     base = Task(IMAGE, THREE).build(tmp_path / "base")
     base.classifier = torch.nn.Linear(32, 4)
