@@ -56,19 +56,16 @@ def class_of(where: str, config: E2VPTConfig) -> Any:
     if config.auto_mapping is None:  # earlier versions wrote none where there is a task type
         return transformers.AutoModelForImageClassification
     name, library = config.auto_mapping["base_model_class"], str(config.auto_mapping.get("parent_library"))
-    way_out = "build that model and load the adapter onto it with PeftModel.from_pretrained(model, ...)."
-    if library.split(".")[0] != "transformers":
-        raise ValueError(
-            f"The adapter {where} was made for a {name} of {library}, and peft_e2vpt.load builds models of "
-            f"transformers only: {way_out}"
-        )
-    cls = getattr(transformers, name, None)
-    if cls is None and MODELLING.fullmatch(library) and find_spec(library):  # a tower is not public everywhere
-        cls = getattr(import_module(library), name, None)
+    cls = None
+    if library.split(".")[0] == "transformers":
+        cls = getattr(transformers, name, None)
+        if cls is None and MODELLING.fullmatch(library) and find_spec(library):  # a tower is not public everywhere
+            cls = getattr(import_module(library), name, None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        full_name = f"{library}.{name}" if hasattr(transformers, name) else name
         raise ValueError(
-            f"The adapter {where} was made for a {name}, which transformers {transformers.__version__} does not have: "
-            f"{way_out}"
+            f"The adapter {where} was made for a {full_name}, which transformers {transformers.__version__} does not "
+            "have: build that model and load the adapter onto it with PeftModel.from_pretrained(model, ...)."
         )
     return cls
 

@@ -124,16 +124,19 @@ def write_card(
     folder = Path(folder)
     location = location or Location(str(folder))
     is_upload = not Path(location.name).exists()
-    base = ', base_model="..."' if is_upload and not is_repo_id(facts.base_model) else ""
+    on_the_hub = is_repo_id(facts.base_model)
+    base = ', base_model="..."' if is_upload and not on_the_hub else ""
+    # beside a card of PEFT's a Trainer would have PEFT name the base model by its path, which the Hub refuses
+    library_name = "peft" if is_upload or on_the_hub else None
     title = (location.subfolder or location.name).rstrip("/").split("/")[-1]
-    metadata = _metadata(facts, title, dataset, _results(metrics or {}), earlier)
+    metadata = _metadata(facts, title, dataset, _results(metrics or {}), earlier, library_name)
     card = ModelCard.from_template(
         metadata,
         template_path=str(Path(__file__).with_name("card_template.md")),
         marker=MARKER,
         title=title,
-        base_model=facts.base_model if is_repo_id(facts.base_model) else "",
-        base_folder="" if is_repo_id(facts.base_model) else Path(facts.base_model).name,
+        base_model=facts.base_model if on_the_hub else "",
+        base_folder="" if on_the_hub else Path(facts.base_model).name,
         is_upload=is_upload,
         num_layers=len(facts.summary.layers),
         tuned_values=f"{facts.summary.num_tuned_values:,}",
@@ -153,6 +156,7 @@ def _metadata(
     dataset: str | None,
     results: dict[str, float],
     earlier: CardData | None,
+    library_name: str | None,
 ) -> ModelCardData:
     """What the Hub and `peft-e2vpt inspect` read. Counts have a key of our own, as the Hub has none for them."""
     settings: dict[str, Any] = {}
@@ -164,8 +168,6 @@ def _metadata(
     tags = [*TAGS, "transformers"]
     if is_repo_id(facts.base_model):
         settings["base_model"] = facts.base_model
-        # without a name on the Hub, a Trainer would take this as leave to have PEFT write a path into its own card
-        settings["library_name"] = "peft"
         tags.append(f"base_model:adapter:{facts.base_model}")
     if dataset is not None:
         settings["datasets"] = [dataset]
@@ -186,7 +188,7 @@ def _metadata(
         "trained_parameters": facts.summary.num_tuned_values,
         "tuned_percentage": round(facts.summary.tuned_percentage, 6),
     }
-    return ModelCardData(pipeline_tag=facts.task, tags=tags, **settings)
+    return ModelCardData(library_name=library_name, pipeline_tag=facts.task, tags=tags, **settings)
 
 
 def _row(result: EvalResult) -> str:

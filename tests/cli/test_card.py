@@ -20,7 +20,7 @@ def test_card_prints_what_is_written_and_keeps_results(in_place: Path, tmp_path:
     card.write_text(
         card.read_text().replace("## What", "## Results\n\n| metric | value |\n|---|---:|\n| f1 | 0.5 |\n\n## What")
     )
-    card.write_text(card.read_text().replace("library_name: peft\n", "library_name: peft\nlicense: mit\n", 1))
+    card.write_text(card.read_text().replace("pipeline_tag:", "license: mit\npipeline_tag:", 1))
     assert "Wrote" in succeed("card", tmp_path / "a", "--write")
     assert "| f1 | 0.5 |" in card.read_text() and "license: mit" in card.read_text()
 
@@ -48,7 +48,7 @@ def test_card_needs_the_config_of_the_base_model_only(in_place: Path, tmp_path: 
 def test_a_card_with_broken_metadata_is_named(in_place: Path, tmp_path: Path) -> None:
     peft_e2vpt.load("adapter").save_pretrained(tmp_path / "a")
     card = tmp_path / "a" / "README.md"
-    card.write_text(card.read_text().replace("library_name: peft\n", "library_name: peft\n- x\n", 1))
+    card.write_text(card.read_text().replace("pipeline_tag:", "- x\npipeline_tag:", 1))
     assert "metadata" in fail("card", tmp_path / "a", "--write") and "- x" in card.read_text()
 
 

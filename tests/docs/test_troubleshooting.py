@@ -464,7 +464,7 @@ def another_method() -> None:
     peft_e2vpt.load("trees")
 
 
-@under("The adapter was made for a model of another library")
+@under("The adapter was made for a model of another library", of="transformers")
 def of_another_library() -> None:
     saved()
     library = {"base_model_class": "VisionTransformer", "parent_library": "timm.models.vision_transformer"}

@@ -415,13 +415,19 @@ def test_an_adapter_passes_only_settings_that_the_config_has(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "library"),
-    [("VisionTransformer", "timm.models.vision_transformer"), (IMAGE, "__main__"), ("pipeline", "transformers")],
+    ("name", "library", "shown"),
+    [
+        ("VisionTransformer", "timm.models.vision_transformer", "VisionTransformer"),
+        (IMAGE, "__main__", f"__main__.{IMAGE}"),
+        ("pipeline", "transformers", "transformers.pipeline"),
+    ],
 )
-def test_a_model_that_is_not_of_transformers_is_refused_with_the_way_out(name, library, tmp_path):
+def test_a_model_that_is_not_of_transformers_is_refused_with_the_way_out(name, library, shown, tmp_path):
     _, folder = adapter_for(TASKS["regression"], tmp_path)
     change(folder, auto_mapping={"base_model_class": name, "parent_library": library}, base_model_name_or_path=None)
-    with pytest.raises(ValueError, match=rf"made for a {name}.*: build that model and load the adapter onto it"):
+    with pytest.raises(
+        ValueError, match=rf"made for a {shown}, which .*: build that model and load the adapter onto it"
+    ):
         peft_e2vpt.load(folder)
 
 
