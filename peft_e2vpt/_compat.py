@@ -5,12 +5,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import PeftType
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 
-__all__ = ["METHOD", "BufferDict", "ExcludedModule", "peft_type", "takes_processor"]
+__all__ = [
+    "METHOD",
+    "BatchNorm",
+    "BufferDict",
+    "ExcludedModule",
+    "offload_device",
+    "peft_type",
+    "takes_processor",
+]
 
 METHOD = "E2VPT"
 
@@ -46,3 +57,12 @@ def peft_type(name: str = METHOD) -> PeftType:
     enum._value2member_map_[name] = member
     type.__setattr__(PeftType, name, member)
     return member
+
+
+def offload_device(module: nn.Module) -> torch.device | None:
+    """Where Accelerate runs a module whose weights it has offloaded, `None` where it has offloaded none."""
+    for part in module.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        if getattr(hook, "offload", False):
+            return torch.device(hook.execution_device)
+    return None

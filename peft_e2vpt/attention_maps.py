@@ -156,7 +156,7 @@ def _visit(
             f"{type(model).__name__} has no E2VPT adapter: wrap it with get_peft_model(model, E2VPTConfig()) first."
         )
     for layer in layers:
-        if layer.socket != "interface":
+        if layer.attention_path != "interface":
             raise ValueError(
                 f"{layer.site.name} ({type(layer.site.attention).__name__}) computes its attention by itself, so that "
                 "its weights cannot be read; only attentions that ask transformers' attention interface return them."
@@ -194,11 +194,12 @@ def _prefix_tokens(layers: list[E2VPTLayer]) -> int:
 def _sites_of_towers(model: nn.Module, layers: list[E2VPTLayer]) -> list[tuple[int, AttentionSite]]:
     """All attentions that share their config with an adapted one, with their numbers."""
     configs = {id(layer.attention_config) for layer in layers}
-    return [
-        (index, site)
-        for index, site in enumerate(find_attention_sites(model))
-        if eager_attention_of(site.attention) is not None and id(config_of(site.attention)) in configs
-    ]
+
+    def shares(site: AttentionSite) -> bool:
+        asks = eager_attention_of(site.attention, site.backbone.eager) is not None
+        return asks and id(config_of(site.attention)) in configs
+
+    return [(index, site) for index, site in enumerate(find_attention_sites(model)) if shares(site)]
 
 
 def _show(

@@ -9,7 +9,7 @@ the rows from their owner, puts them beside keys and values and calls the implem
 
 from __future__ import annotations
 
-import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -91,19 +91,24 @@ def running_as(implementation: str, configs: Iterable[Any], instead_of: Callable
             config._attn_implementation = before[key]
 
 
-def eager_attention_of(attention: nn.Module) -> AttentionFunction | None:
-    """Finds the eager attention function that the model file of `attention` falls back to.
+def eager_attention_of(attention: nn.Module, name: str | None) -> AttentionFunction | None:
+    """The eager attention function in the model file of `attention`.
+
+    A class that asks transformers' attention interface keeps the config that names the implementation, and its file
+    has the function for `"eager"`. Nearly all files have one, `eager_attention_forward`; `BACKBONES` says where it
+    has another name, and which class does its own arithmetic in such a file.
+
+    Args:
+        attention: the self-attention, adapted or not.
+        name: of the function.
 
     Returns:
         The function, or `None` where the class does not ask transformers' attention interface for its attention.
     """
-    forward = inspect.unwrap(type(attention).forward)
-    used = forward.__code__.co_names
-    names = [name for name in used if "eager" in name]
-    asks = "get_interface" in used or ("ALL_ATTENTION_FUNCTIONS" in used and "getattr" not in used)  # before 5.1
-    if not asks or len(names) != 1:
+    if name is None or not hasattr(attention, "config"):
         return None
-    function: AttentionFunction = forward.__globals__[names[0]]
+    cls = next(cls for cls in type(attention).__mro__ if "forward" in vars(cls))  # a subclass may stand elsewhere
+    function: AttentionFunction | None = getattr(sys.modules[cls.__module__], name, None)
     return function
 
 

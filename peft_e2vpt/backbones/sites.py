@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .._compat import BatchNorm
 from .table import BACKBONES, Backbone
 
 
@@ -38,7 +38,7 @@ def _widths(projection: nn.Module | Tensor) -> tuple[int, int]:
 @contextmanager
 def _fixed_statistics(projection: nn.Module) -> Iterator[None]:
     """Keeps prompts out of the running statistics of a batch norm inside the projection."""
-    norms = [module for module in projection.modules() if isinstance(module, _BatchNorm) and module.training]
+    norms = [module for module in projection.modules() if isinstance(module, BatchNorm) and module.training]
     for norm in norms:
         norm.training = False
     try:

@@ -44,6 +44,8 @@ class Backbone:
         one_graph: whether torch.compile sees the attention as one graph; where it breaks inside, the attention stays
             uncompiled.
         where: regular expression that the path of the attention contains.
+        eager: name of the function in the model file that computes the attention where transformers' attention
+            interface gives none; `None` where the attention does its own arithmetic although its file has one.
 
     A class with several kinds of attention has several lines; the first serves whose `where` and `key` fit, and an
     attention that none fits is left alone.
@@ -67,6 +69,7 @@ class Backbone:
     score_bias: float = 0.0
     one_graph: bool = True
     where: str = ""
+    eager: str | None = "eager_attention_forward"
 
 
 def _class_and_registers(config: Any) -> int:
@@ -137,14 +140,14 @@ BACKBONES: dict[str, Backbone | tuple[Backbone, ...]] = {
     "Owlv2Attention": Backbone("layer_norm1"),
     "SegformerAttention": Backbone("layernorm_before"),  # rows join after the reduction of keys and values
     "Sapiens2Attention": Backbone("norm1", key_norm="k_norm"),
-    "Llama4VisionAttention": Backbone("input_layernorm"),
+    "Llama4VisionAttention": Backbone("input_layernorm", eager="vision_eager_attention_forward"),
     "MllamaVisionAttention": Backbone("input_layernorm"),
     "Gemma4VisionAttention": Backbone("input_layernorm", key_norm="k_norm", value_norm="v_norm"),
     "InternVLVisionAttention": Backbone("layernorm_before", key_norm="k_norm"),
     "PixtralAttention": Backbone("attention_norm"),
-    "Phi4MultimodalVisionAttention": Backbone("layer_norm1"),
+    "Phi4MultimodalVisionAttention": Backbone("layer_norm1", eager="simple_eager_attention_forward"),
     "Pix2StructVisionAttention": Backbone("pre_attention_layer_norm", "key", "value", heads="n_heads"),
-    "Kosmos2_5VisionAttention": Backbone("pre_attention_layer_norm", "key", "value"),
+    "Kosmos2_5VisionAttention": Backbone("pre_attention_layer_norm", "key", "value", eager=None),
     "BlipAttention": _qkv("layer_norm1"),
     "Blip2Attention": _qkv("layer_norm1"),
     "InstructBlipAttention": _qkv("layer_norm1"),

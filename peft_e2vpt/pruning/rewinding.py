@@ -99,3 +99,4 @@ def _clear_pruned_values(model: nn.Module) -> None:
     for layer in prompt_layers(model):
         for adapter_name in layer.e2vpt_visual_prompts:
             layer.clear_pruned_values(adapter_name)
+        layer.refresh_merged_rows()

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._compat import BufferDict
@@ -61,6 +62,42 @@ def expand_segments(gates: Tensor, width: int, layout: str) -> Tensor:
     return gates.repeat(*[1] * (gates.dim() - 1), repeats)
 
 
-def alive_values(token: Tensor, segment: Tensor, width: int, layout: str) -> Tensor:
+def kept_values(token: Tensor, segment: Tensor, width: int, layout: str) -> Tensor:
     """Which values of prompts take part, given their gates (M,) and (M, R): a boolean tensor (M, D)."""
     return expand_segments(segment * token[:, None], width, layout) != 0
+
+
+def check_gates(what: str, gates: Tensor, shape: torch.Size, binary: bool) -> None:
+    """Checks new gates.
+
+    Args:
+        what: names the gates in messages.
+        gates: the new ones.
+        shape: the shape they should have.
+        binary: whether nothing but 0 and 1 is possible.
+
+    Raises:
+        ValueError: the shape is wrong, or a gate is neither 0 nor 1.
+    """
+    if gates.shape != shape:
+        raise ValueError(f"{what} have shape {tuple(shape)}, got {gates.shape}.")
+    if binary and not ((gates == 0) | (gates == 1)).all():
+        raise ValueError(f"{what} must be 0 or 1 with pruned_prompts='remove'.")
+
+
+def effect_of(
+    token: Tensor, segment: Tensor, width: int, layout: str, pruned_prompts: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """What gates (M,) and (M, R) do to prompts (M, D) in a forward pass.
+
+    Returns:
+        The numbers (M',) of the prompts that are not removed, `None` where all stay; and what their values are
+        multiplied by, (M', D), `None` where that is 1.
+    """
+    kept = None
+    if pruned_prompts == "zero":
+        segment = segment * token[:, None]
+    elif (token == 0).any():
+        kept = token.nonzero().flatten()
+        segment = segment[kept]
+    return kept, expand_segments(segment, width, layout) if (segment != 1).any() else None

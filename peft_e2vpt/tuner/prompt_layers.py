@@ -52,6 +52,11 @@ def _requiring_gradient(value: Any) -> Any:
     return value
 
 
+def _refresh_constants_after_load(container: PromptLayers, incompatible_keys: Any) -> None:
+    for layer in prompt_layers(container):  # now that all have their prompts: layers may share them
+        layer.refresh_merged_rows()
+
+
 class PromptLayers(nn.ModuleDict):
     """The child `e2vpt` of an adapted model: an `E2VPTLayer` per self-attention, by the number of the attention.
 
@@ -68,6 +73,7 @@ class PromptLayers(nn.ModuleDict):
         super().__init__()
         self.base_requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.insertions: dict[str, ShallowInsertion] = {}
+        self.register_load_state_dict_post_hook(_refresh_constants_after_load)  # type: ignore[no-untyped-call]
         self._handles = [module.register_forward_hook(self._require_gradient) for module in _before(blocks, model)]
         self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 

@@ -6,22 +6,21 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from .config import E2VPTConfig
-from .gates import alive_values
-from .head_mismatch import head_mismatch
+from .gates import kept_values
 from .prompt_layers import prompt_layers
 
 
 def without_pruned_values(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """Turns every pruned tensor of visual prompts (M, D) into its surviving values, a tensor (values,)."""
+    """Turns every pruned tensor of visual prompts (M, D) into its kept values, a tensor (values,)."""
     layers = {str(layer.index): layer for layer in prompt_layers(model)}
     for key, tensor in tensors.items():
         if f".e2vpt_visual_prompts.{adapter_name}" in key:
-            alive = layers[key.split(".")[-3]].alive(adapter_name)
-            if not alive.all():
-                tensors[key] = tensor[alive.to(tensor.device)]
+            kept = layers[key.split(".")[-3]].kept(adapter_name)
+            if not kept.all():
+                tensors[key] = tensor[kept.to(tensor.device)]
     return tensors
 
 
@@ -43,7 +42,7 @@ def fit_to_model(
     for name, tensor in tensors.items():
         if f".modules_to_save.{adapter_name}." in name and name in values and tensor.shape != values[name].shape:
             path = name.replace(f".modules_to_save.{adapter_name}", "")
-            raise ValueError(head_mismatch(model, path, tensor.shape, values[name].shape, config))
+            raise ValueError(_head_mismatch(model, path, tensor.shape, values[name].shape, config))
     live = {name: tensor for name, tensor in values.items() if ".e2vpt_" in name and name.endswith(f".{adapter_name}")}
     given = {name: tensor for name, tensor in tensors.items() if ".e2vpt_" in name}
     missing, unknown = sorted(live.keys() - given.keys()), sorted(given.keys() - live.keys())
@@ -58,6 +57,40 @@ def fit_to_model(
                 f"{tuple(live[name].shape)}: was it trained on another backbone or with another E2VPTConfig?"
             )
     return tensors
+
+
+def _head_mismatch(model: nn.Module, name: str, found: Size, needed: Size, config: E2VPTConfig) -> str:
+    """What is wrong with a tensor of a head, and which base model it needs.
+
+    Args:
+        model: the adapted model.
+        name: of the tensor in the adapter's file.
+        found: its shape.
+        needed: the shape in the model.
+        config: configuration of the adapter.
+    """
+    if found[1:] != needed[1:]:
+        advice = "load it on the backbone it was trained on."
+    else:
+        classes = _classes(model, found, needed, config)
+        advice = (
+            f"load the base model with the number of classes of the adapter, num_labels={classes}."
+            if classes is not None
+            else "give the base model the head that the adapter was trained with, as peft_e2vpt.load(...) does."
+        )
+    return f"The adapter's tensor {name} has shape {tuple(found)}, but the model needs {tuple(needed)}: {advice}"
+
+
+def _classes(model: nn.Module, found: Size, needed: Size, config: E2VPTConfig) -> int | None:
+    """The number of classes to ask for; `None` if that is not what differs."""
+    num_labels: int | None = getattr(getattr(model, "config", None), "num_labels", None)
+    if config.labels is not None:
+        classes = len(config.labels)
+    elif num_labels is not None and 0 <= needed[0] - num_labels <= 1:  # detectors have a row for "no object"
+        classes = found[0] - (needed[0] - num_labels)
+    else:
+        return None
+    return None if classes == num_labels else classes
 
 
 def _refuse_names(missing: list[str], unknown: list[str], adapter_name: str) -> None:
@@ -83,12 +116,12 @@ def _spread(
 ) -> Tensor:
     token = given[name.replace("visual_prompts", "token_gates")]
     segment = given[name.replace("visual_prompts", "segment_gates")]
-    alive = alive_values(token, segment, live.shape[-1], config.segment_layout)
-    if alive.shape != live.shape or int(alive.sum()) != values.numel():
+    kept = kept_values(token, segment, live.shape[-1], config.segment_layout)
+    if kept.shape != live.shape or int(kept.sum()) != values.numel():
         raise ValueError(
-            f"The adapter's tensor {name} holds {values.numel()} values, but its gates keep {int(alive.sum())}: "
+            f"The adapter's tensor {name} holds {values.numel()} values, but its gates keep {int(kept.sum())}: "
             "the file is damaged."
         )
     prompts = torch.zeros(live.shape, dtype=values.dtype, device=values.device)
-    prompts[alive.to(values.device)] = values
+    prompts[kept.to(values.device)] = values
     return prompts

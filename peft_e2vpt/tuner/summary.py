@@ -1,8 +1,9 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""What is alive in an adapter, layer by layer, and how much of the model is tuned."""
+"""What is kept of an adapter, layer by layer, and how much of the model is trained."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from peft.utils import ModulesToSaveWrapper
@@ -14,17 +15,17 @@ from .prompt_layers import PromptLayers, prompt_layers
 
 @dataclass(frozen=True)
 class PromptCount:
-    """What is alive in one adapted self-attention.
+    """What is kept in one adapted self-attention.
 
     Attributes:
         index: number of the self-attention.
         name: path of the self-attention.
-        num_visual_prompts: visual prompts alive.
-        num_segments: segments alive in them.
+        num_visual_prompts: visual prompts kept.
+        num_segments: segments kept in them.
         num_kv_prompts: key-value prompts.
-        num_values: trained values that take part.
-        socket: how its rows reach it: `"interface"` where it asks transformers for its attention, `"interception"`
-            where it computes one by itself.
+        num_values: trained parameters that take part.
+        attention_path: how its rows reach it: `"interface"` where it asks transformers for its attention,
+            `"interception"` where it computes one of its own.
     """
 
     index: int
@@ -33,18 +34,24 @@ class PromptCount:
     num_segments: int
     num_kv_prompts: int
     num_values: int
-    socket: str
+    attention_path: str
+
+    @property
+    def socket(self) -> str:
+        """The former name of `attention_path`; the next release drops it."""
+        warnings.warn("socket is now called attention_path.", FutureWarning, stacklevel=2)
+        return self.attention_path
 
 
 @dataclass(frozen=True)
 class PromptSummary:
-    """Prompts and trained values of one adapter, counted as in the paper: with the head, without pruned values.
+    """Prompts and trained parameters of one adapter, counted as in the paper: with the head, without pruned values.
 
     Attributes:
         layers: one `PromptCount` per adapted self-attention.
-        num_prompt_values: trained prompt values that take part.
-        num_head_values: trained values of the head (`modules_to_save`).
-        num_backbone_values: values of the model without the adapter's, the head left out.
+        num_prompt_values: trained parameters of the prompts that take part.
+        num_head_values: trained parameters of the head (`modules_to_save`).
+        num_backbone_values: parameters of the model without the adapter's, the head left out.
     """
 
     layers: list[PromptCount]
@@ -54,31 +61,31 @@ class PromptSummary:
 
     @property
     def num_tuned_values(self) -> int:
-        """Prompt values and head values."""
+        """Trained parameters of prompts and head together."""
         return self.num_prompt_values + self.num_head_values
 
     @property
     def tuned_percentage(self) -> float:
-        """Tuned values as a percentage of all values of the model, prompts and head included."""
+        """Trained parameters in percent of all parameters of the model, prompts and head included."""
         return 100.0 * self.num_tuned_values / (self.num_tuned_values + self.num_backbone_values)
 
     def __str__(self) -> str:
         counts = f"{'layer':>5}  {'prompts':>7}  {'segments':>8}  {'kv prompts':>10}  {'values':>9}"
-        lines = [f"{counts}  {'socket':<12}  attention"]
+        lines = [f"{counts}  {'attention path':<14}  attention"]
         lines += [
             f"{layer.index:>5}  {layer.num_visual_prompts:>7}  {layer.num_segments:>8}  {layer.num_kv_prompts:>10}  "
-            f"{layer.num_values:>9,}  {layer.socket:<12}  {layer.name}"
+            f"{layer.num_values:>9,}  {layer.attention_path:<14}  {layer.name}"
             for layer in self.layers
         ]
         lines.append(
-            f"prompts {self.num_prompt_values:,} + head {self.num_head_values:,} = {self.num_tuned_values:,} tuned "
-            f"values, {self.tuned_percentage:.3f} % of the model"
+            f"prompts {self.num_prompt_values:,} + head {self.num_head_values:,} = {self.num_tuned_values:,} trained "
+            f"parameters, {self.tuned_percentage:.3f} % of the model"
         )
         return "\n".join(lines)
 
 
 def summarise(model: nn.Module, adapter_name: str) -> PromptSummary:
-    """Counts what is alive in an adapter of a model."""
+    """Counts what is kept of an adapter of a model."""
     layers: list[PromptCount] = []
     seen: set[int] = set()
     for layer in prompt_layers(model):
@@ -90,11 +97,13 @@ def summarise(model: nn.Module, adapter_name: str) -> PromptSummary:
             gates = layer.e2vpt_token_gates[adapter_name]
             tokens = int((gates != 0).sum())
             segments = int(((layer.e2vpt_segment_gates[adapter_name] * gates[:, None]) != 0).sum())
-            values = int(layer.alive(adapter_name).sum())
+            values = int(layer.kept(adapter_name).sum())
         if adapter_name in layer.e2vpt_kv_prompts:
             values += numel(layer.e2vpt_kv_prompts[adapter_name])
         layers.append(
-            PromptCount(layer.index, layer.site.name, tokens, segments, config.num_kv_prompts, values, layer.socket)
+            PromptCount(
+                layer.index, layer.site.name, tokens, segments, config.num_kv_prompts, values, layer.attention_path
+            )
         )
     num_head = 0
     for module in model.modules():

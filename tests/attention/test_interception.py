@@ -30,17 +30,19 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-# ------------------------------------------------------------------------------------------------ one socket, another
+# ------------------------------------------------------------------------------------------- one path, the other
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", NAMES)
 def test_interception_equals_the_interface(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answers, found = [], []
     for intercepted in (False, True):
         if intercepted:
-            monkeypatch.setattr(interface, "eager_attention_of", lambda attention: None)
+            monkeypatch.setattr(interface, "eager_attention_of", lambda attention, name: None)
         model, inputs = build(name, dtype=torch.float64, attn_implementation=implementation)
         model = get_peft_model(model, E2VPTConfig(**CONFIG, visual_prompt_dropout=0.0)).double().eval()
-        assert {layer.socket for layer in prompt_layers(model)} == {"interception" if intercepted else "interface"}
+        assert {layer.attention_path for layer in prompt_layers(model)} == {
+            "interception" if intercepted else "interface"
+        }
         answers.append(output_of(model(**inputs)))
         answers[-1].square().sum().backward()
         found.append(gradients(model))

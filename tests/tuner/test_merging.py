@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""Merged rows are constants: the same answers bit by bit, never out of date, and fit for export."""
+"""Merged rows are constants: the same answers bit by bit, computed anew at known places, and fit for export."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def test_key_value_prompts_of_another_layer_are_merged_too():
     expected = predict(model, inputs)
     model.merge_adapter()
     assert torch.equal(predict(model, inputs), expected)
-    with torch.no_grad():
-        layers_of(model)[0].e2vpt_kv_prompts["default"].add_(1.0)
+    state = {key: value + 1.0 if "kv_prompts" in key else value for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
     found = predict(model, inputs)
     assert torch.equal(found, unmerged(model, inputs)) and not torch.equal(found, expected)
 
@@ -195,12 +195,12 @@ def test_a_copy_is_merged_equal_and_independent(name, copied):
     expected = predict(model, inputs)
     other = copied(model)
     assert torch.equal(predict(other, inputs), expected) and layers_of(other)[0].merged_adapters == ["default"]
-    trained(other)
+    trained(other).train().eval()
     assert torch.equal(predict(other, inputs), unmerged(other, inputs))
     assert torch.equal(predict(model, inputs), expected)
 
 
-# --------------------------------------------------------------------------------------------------- never out of date
+# ----------------------------------------------------------------------------------------------- computed anew, or not
 def other_prompts(model: PeftModel, folder: Path) -> None:
     get_peft_model(build("vit")[0], config_of(seed=9)).save_pretrained(folder)
     model.load_adapter(folder, adapter_name="default")
@@ -244,39 +244,70 @@ def rewound(model: PeftModel, folder: Path) -> None:
     rewind(model, {name: torch.ones_like(tensor) for name, tensor in trained_tensors(model).items()})
 
 
-CHANGES: dict[str, Callable[[PeftModel, Path], Any]] = {
+NOTICED: dict[str, Callable[[PeftModel, Path], Any]] = {
     "other prompts loaded": other_prompts,
     "other state loaded": other_state,
     "other state assigned": lambda model, folder: other_state(model, folder, assign=True),
-    "prompts written to": lambda model, folder: trained(model),
-    "norm written to": other_norm,
-    "projection replaced": other_projection,
     "pruned": lambda model, folder: prune(model),
     "trained": training_step,
     "trained behind autograd": training_step_behind_autograd,
     "rewound": rewound,
-    "in float64": lambda model, folder: model.double(),
-    "in bfloat16": lambda model, folder: model.bfloat16(),
 }
+NOT_NOTICED: dict[str, Callable[[PeftModel, Path], Any]] = {
+    "prompts written to": lambda model, folder: trained(model),
+    "norm written to": other_norm,
+    "projection replaced": other_projection,
+}
+EITHER_WAY = ("trained", "rewound", "prompts written to", "projection replaced")  # with key-value prompts alone too
 
 
-KV_CHANGES = ("prompts written to", "projection replaced", "trained", "rewound", "in float64", "in bfloat16")
-CHANGED = [*[("default", change) for change in CHANGES], *[("kv only", change) for change in KV_CHANGES]]
+def changed(change: Callable[[PeftModel, Path], Any], model: PeftModel, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        change(model, folder)
 
 
-@pytest.mark.parametrize("case, change", CHANGED)
-def test_constants_follow_what_they_were_computed_from(tmp_path, case, change):
+def ids(changes: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("default", change) for change in changes] + [
+        ("kv only", change) for change in changes if change in EITHER_WAY
+    ]
+
+
+@pytest.mark.parametrize("case, change", ids(NOTICED))
+def test_constants_are_computed_anew(tmp_path, case, change):
     model, inputs = adapt(**CASES[case])
     model.merge_adapter()
     before = predict(model, inputs)
-    CHANGES[change](model, tmp_path)
-    dtype = next(model.parameters()).dtype
+    changed(NOTICED[change], model, tmp_path)
+    found = predict(model, inputs)
+    assert torch.equal(found, unmerged(model, inputs)) and not torch.equal(found, before)
+
+
+@pytest.mark.parametrize("case, change", ids(NOT_NOTICED))
+def test_what_is_written_in_eval_mode_counts_after_merging_again(tmp_path, case, change):
+    model, inputs = adapt(**CASES[case])
+    model.merge_adapter()
+    before = predict(model, inputs)
+    rows = [layer.e2vpt_merged_rows["default"].clone() for layer in layers_of(model)]
+    changed(NOT_NOTICED[change], model, tmp_path)
+    predict(model, inputs)
+    assert all(map(torch.equal, rows, [layer.e2vpt_merged_rows["default"] for layer in layers_of(model)]))
+    model.unmerge_adapter()
+    model.merge_adapter()
+    found = predict(model, inputs)
+    assert torch.equal(found, unmerged(model, inputs)) and not torch.equal(found, before)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("case", ["default", "kv only"])
+def test_constants_are_cast_with_the_model(case, dtype, tolerance):
+    model, inputs = adapt(**CASES[case])
+    model.merge_adapter()
+    model.to(dtype)
+    assert all(layer.e2vpt_merged_rows["default"].dtype == dtype for layer in layers_of(model))
     inputs = {"pixel_values": inputs["pixel_values"].to(dtype)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = predict(model, inputs)
-        assert torch.equal(found, unmerged(model, inputs))
-    assert not torch.equal(found.to(before.dtype), before)
+    found = predict(model, inputs)
+    torch.testing.assert_close(found, unmerged(model, inputs), atol=tolerance, rtol=tolerance)
 
 
 @families
@@ -295,7 +326,7 @@ def test_training_and_scoring_use_the_prompts_themselves(name):
 def test_scoring_after_a_change_leaves_the_constants_right():
     model, inputs = adapt()
     model.merge_adapter()
-    trained(model)
+    trained(model).train().eval()
     score_prompts(model, [{**inputs, "labels": torch.tensor([0, 3])}])
     found = predict(model, inputs)
     assert torch.equal(found, unmerged(model, inputs))

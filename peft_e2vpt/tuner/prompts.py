@@ -1,0 +1,201 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""`Prompts`: the visual and key-value prompts of one self-attention, and the gates on the visual ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._compat import BufferDict
+from ..backbones.sites import AttentionSite
+from ..distributed import assign, whole
+from .config import E2VPTConfig
+from .gates import GateOverride, StoredGates, check_gates, effect_of, expand_segments, kept_values
+
+
+def _draw(
+    shape: tuple[int, ...], scheme: str, fan_in: int, xavier_fans: int, generator: torch.Generator | None
+) -> Tensor:
+    """Draws initial prompts; see `E2VPTConfig.visual_prompt_init` for the bounds."""
+    values = torch.empty(shape, device="cpu", dtype=torch.float32)
+    if scheme == "trunc_normal":
+        return nn.init.trunc_normal_(values, std=0.02, a=-0.04, b=0.04, generator=generator)
+    bound = math.sqrt(6.0 / (fan_in if scheme == "kaiming_uniform" else xavier_fans))
+    return values.uniform_(-bound, bound, generator=generator)
+
+
+class Prompts(nn.Module):
+    """The prompts of one self-attention, per adapter, and what their gates leave of them.
+
+    Tensors per adapter: `e2vpt_visual_prompts` (M, D), `e2vpt_kv_prompts` (1 or 2, H, n, d), and, as persistent
+    buffers, `e2vpt_token_gates` (M,) and `e2vpt_segment_gates` (M, R). What the gates do in a forward pass is worked
+    out when they change: `e2vpt_kept_tokens` (M',) where prompts are removed, and `e2vpt_value_gates` (M', D) where
+    values of those that stay are not just multiplied by 1.
+
+    Args:
+        site: the self-attention and the block around it.
+        index: number of the attention among those of the model.
+
+    Attributes:
+        gate_override: gates that are being measured, in place of the stored ones.
+    """
+
+    def __init__(self, site: AttentionSite, index: int) -> None:
+        super().__init__()
+        self.site = site
+        self.index = index
+        self.e2vpt_visual_prompts = nn.ParameterDict()
+        self.e2vpt_kv_prompts = nn.ParameterDict()
+        self.e2vpt_token_gates = StoredGates()
+        self.e2vpt_segment_gates = StoredGates()
+        self.e2vpt_kept_tokens = BufferDict(persistent=False)
+        self.e2vpt_value_gates = BufferDict(persistent=False)
+        self.e2vpt_kv_source: dict[str, tuple[Prompts]] = {}  # in a tuple, the other layer is no child
+        self.e2vpt_config: dict[str, E2VPTConfig] = {}
+        self.gate_override: GateOverride | None = None
+
+    # ------------------------------------------------------------------------------------------------------- creating
+    def create(
+        self, adapter_name: str, config: E2VPTConfig, has_visual_prompts: bool, kv_source: Prompts | None
+    ) -> None:
+        """Creates the prompts and gates of an adapter.
+
+        Args:
+            adapter_name: name of the adapter.
+            config: its configuration.
+            has_visual_prompts: whether this attention owns visual prompts (in shallow mode only the first does).
+            kv_source: the prompts whose key-value prompts this attention uses instead of its own.
+        """
+        self.e2vpt_config[adapter_name] = config
+        if has_visual_prompts and config.num_visual_prompts:
+            count, segments = config.num_visual_prompts, config.num_segments
+            self.e2vpt_visual_prompts[adapter_name] = nn.Parameter(torch.zeros(count, self.site.width))
+            self.e2vpt_token_gates[adapter_name] = torch.ones(count)
+            self.e2vpt_segment_gates[adapter_name] = torch.ones(count, segments)
+        if kv_source is not None:
+            self.e2vpt_kv_source[adapter_name] = (kv_source,)
+        elif config.num_kv_prompts:
+            self.e2vpt_kv_prompts[adapter_name] = nn.Parameter(torch.zeros(self._kv_shape(config)))
+        if config.init_weights:
+            self.draw_prompts(adapter_name, config.seed)
+
+    def _kv_shape(self, config: E2VPTConfig) -> tuple[int, ...]:
+        site, copies = self.site, 1 if config.share_kv_prompts else 2
+        return copies, site.num_key_value_heads, config.num_kv_prompts, site.head_dim
+
+    @torch.no_grad()
+    def draw_prompts(self, adapter_name: str, seed: int | None) -> None:
+        """Draws the prompts of an adapter anew from their initial distributions, in place.
+
+        Args:
+            adapter_name: name of the adapter.
+            seed: of the draw, together with the number of the attention; `None` uses torch's global generator.
+        """
+        config, site = self.e2vpt_config[adapter_name], self.site
+        generator = None if seed is None else torch.Generator("cpu").manual_seed(seed + 7919 * self.index)
+        fans = 3 * site.patch_area + site.width
+        if adapter_name in self.e2vpt_visual_prompts:
+            shape = (config.num_visual_prompts, site.width)
+            drawn = _draw(shape, config.visual_prompt_init, site.width, fans, generator)
+            assign(self.e2vpt_visual_prompts[adapter_name], drawn)
+        if adapter_name in self.e2vpt_kv_prompts:
+            fan_in = config.num_kv_prompts * site.head_dim
+            drawn = _draw(self._kv_shape(config), config.kv_prompt_init, fan_in, fans, generator)
+            assign(self.e2vpt_kv_prompts[adapter_name], drawn)
+
+    # ------------------------------------------------------------------------------------------------------- reading
+    def visual_prompts(self, adapter_name: str, num_samples: int | None) -> tuple[Tensor, Tensor | None]:
+        """Applies gates and dropout to the visual prompts of an adapter.
+
+        Args:
+            adapter_name: name of the adapter.
+            num_samples: B, the samples of the batch, each with a dropout of its own; `None` drops nothing.
+
+        Returns:
+            Prompts (1 or B, M', D) without those removed, and the logarithm of their gates (B, M') where token gates
+            are being measured on the attention weight, else `None`.
+        """
+        config, bias = self.e2vpt_config[adapter_name], None
+        prompts = self.e2vpt_visual_prompts[adapter_name][None]
+        if self.gate_override is not None:
+            prompts, bias = self._gated(prompts, self.gate_override, adapter_name)
+        if adapter_name in self.e2vpt_kept_tokens:
+            kept = self.e2vpt_kept_tokens[adapter_name]
+            prompts = prompts.index_select(1, kept)
+            bias = None if bias is None else bias.index_select(1, kept)
+        if self.gate_override is None and adapter_name in self.e2vpt_value_gates:
+            prompts = prompts * self.e2vpt_value_gates[adapter_name].to(prompts.dtype)
+        if self.training and num_samples is not None and config.visual_prompt_dropout:
+            prompts = F.dropout(prompts.expand(num_samples, -1, -1), config.visual_prompt_dropout)
+        return prompts, bias
+
+    def _gated(self, prompts: Tensor, override: GateOverride, adapter_name: str) -> tuple[Tensor, Tensor | None]:
+        """Prompts of every sample (B, M, D) under gates that are measured, and the logarithm of those on attention."""
+        config, token, bias = self.e2vpt_config[adapter_name], self.e2vpt_token_gates[adapter_name], None
+        segment = expand_segments(override.segment, prompts.shape[-1], config.segment_layout)
+        prompts = prompts * segment.to(prompts.dtype)
+        if override.on == "attention":
+            bias = override.token.log()
+        else:
+            token = override.token
+        if override.on == "embedding" or config.pruned_prompts == "zero":
+            prompts = prompts * token[..., None].to(prompts.dtype)
+        return prompts, bias
+
+    def kv_prompts(self, adapter_name: str) -> Tensor | None:
+        """The key-value prompts (1 or 2, H, n, d) of an adapter, its own or those of the layer it shares with."""
+        if adapter_name in self.e2vpt_kv_source:
+            return self.e2vpt_kv_source[adapter_name][0].kv_prompts(adapter_name)
+        return self.e2vpt_kv_prompts[adapter_name] if adapter_name in self.e2vpt_kv_prompts else None
+
+    # ------------------------------------------------------------------------------------------------------ the gates
+    def set_gates(self, adapter_name: str, token: Tensor, segment: Tensor) -> None:
+        """Fixes the gates of an adapter's visual prompts and clears the pruned values.
+
+        Args:
+            adapter_name: name of the adapter.
+            token: (M,), 1 keeps a prompt and 0 prunes it.
+            segment: (M, R), the same for its segments.
+
+        Raises:
+            ValueError: a shape is wrong, or a gate is neither 0 nor 1 although pruned prompts are removed.
+        """
+        binary = self.e2vpt_config[adapter_name].pruned_prompts == "remove"
+        stored = (self.e2vpt_token_gates[adapter_name], self.e2vpt_segment_gates[adapter_name])
+        for name, gates, before in zip(("token", "segment"), (token, segment), stored, strict=True):
+            check_gates(f"{name} gates of {self.site.name}", gates, before.shape, binary)
+        stored[0].copy_(token)
+        stored[1].copy_(segment)
+        self.clear_pruned_values(adapter_name)
+        self.refresh_gates()
+
+    def kept(self, adapter_name: str) -> Tensor:
+        """Which values of the visual prompts of an adapter take part: a boolean tensor (M, D)."""
+        token, segment = self.e2vpt_token_gates[adapter_name], self.e2vpt_segment_gates[adapter_name]
+        return kept_values(token, segment, self.site.width, self.e2vpt_config[adapter_name].segment_layout)
+
+    @torch.no_grad()
+    def clear_pruned_values(self, adapter_name: str) -> None:
+        """Sets pruned values to zero. Their gradient is zero, so an optimizer without momentum from before leaves them
+        there; one with it moves them, to no effect, because the gates keep them out.
+        """
+        prompts = self.e2vpt_visual_prompts[adapter_name]
+        assign(prompts, whole(prompts) * self.kept(adapter_name))
+
+    def refresh_gates(self) -> None:
+        """Works out which prompts the gates keep, and what they multiply them with; called whenever gates change."""
+        for adapter_name, token in self.e2vpt_token_gates.items():
+            for stored in (self.e2vpt_kept_tokens, self.e2vpt_value_gates):
+                if adapter_name in stored:
+                    del stored[adapter_name]
+            if token.is_meta:
+                continue
+            config, segment = self.e2vpt_config[adapter_name], self.e2vpt_segment_gates[adapter_name]
+            kept, values = effect_of(token, segment, self.site.width, config.segment_layout, config.pruned_prompts)
+            if kept is not None:
+                self.e2vpt_kept_tokens[adapter_name] = kept
+            if values is not None:
+                self.e2vpt_value_gates[adapter_name] = values
