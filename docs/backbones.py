@@ -36,7 +36,7 @@ INTRODUCTION = """# Backbones
 Written by `python -m docs.backbones` with transformers {transformers}, torch {torch}, on {date}; every line is a tiny
 model with random weights. The same statements are tests (`tests/backbones/test_zoo.py`).
 
-* **socket**: how rows reach the attention. *interface*: it asks transformers for its attention, and gets ours.
+* **attention path**: how rows reach the attention. *interface*: it asks transformers for its attention, and gets ours.
   *interception*: it does its own arithmetic, and the rows join in while it runs.
 * **effect**: by how much the prompts change the output. **gradient**: the smallest of the largest entries of the
   gradients of all prompt tensors. The output always has the shape of the plain model's.
@@ -55,8 +55,8 @@ def measure(name: str) -> list[str]:
         return [name, f"*{reason}*"] + [""] * (len(COLUMNS) + 1)
     model, _ = checks.adapt(name)
     attentions = sorted({type(layer.site.attention).__name__ for layer in prompt_layers(model)})
-    sockets = sorted({layer.socket for layer in prompt_layers(model)})
-    cells = [name, ", ".join(f"`{attention}`" for attention in attentions), ", ".join(sockets)]
+    paths = sorted({layer.attention_path for layer in prompt_layers(model)})
+    cells = [name, ", ".join(f"`{attention}`" for attention in attentions), ", ".join(paths)]
     for statement in COLUMNS.values():
         value = statement(name)
         cells.append("-" if value is None else f"{value:.1g}")
@@ -71,7 +71,7 @@ def main() -> None:
     lines = []
     for name in transformers.utils.logging.tqdm(names, desc="models"):
         lines.append(measure(name))
-    heading = ["model", "attention", "socket", *COLUMNS]
+    heading = ["model", "attention", "attention path", *COLUMNS]
     text = INTRODUCTION.format(
         transformers=transformers.__version__, torch=torch.__version__, date=datetime.date.today()
     )

@@ -8,7 +8,7 @@ import re
 import warnings
 import weakref
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from peft import PeftConfig
 from torch import nn
@@ -18,16 +18,22 @@ from .._compat import METHOD, peft_type
 
 FORMAT_VERSION = 1  # of adapter_config.json and adapter_model.safetensors; counts up when older readers would go wrong
 
-INITIALISATIONS = ("xavier_uniform", "kaiming_uniform", "trunc_normal")
-CHOICES = {
-    "visual_prompt_mode": ("deep", "shallow"),
-    "kv_prompt_position": ("before", "after"),
-    "visual_prompt_init": INITIALISATIONS,
-    "kv_prompt_init": INITIALISATIONS,
-    "token_gate": ("attention", "embedding"),
-    "gate_scope": ("layer", "model"),
-    "segment_layout": ("contiguous", "strided"),
-    "pruned_prompts": ("remove", "zero"),
+VisualPromptMode = Literal["deep", "shallow"]
+KVPromptPosition = Literal["before", "after"]
+Initialisation = Literal["xavier_uniform", "kaiming_uniform", "trunc_normal"]
+TokenGate = Literal["attention", "embedding"]
+GateScope = Literal["layer", "model"]
+SegmentLayout = Literal["contiguous", "strided"]
+PrunedPrompts = Literal["remove", "zero"]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "visual_prompt_mode": get_args(VisualPromptMode),
+    "kv_prompt_position": get_args(KVPromptPosition),
+    "visual_prompt_init": get_args(Initialisation),
+    "kv_prompt_init": get_args(Initialisation),
+    "token_gate": get_args(TokenGate),
+    "gate_scope": get_args(GateScope),
+    "segment_layout": get_args(SegmentLayout),
+    "pruned_prompts": get_args(PrunedPrompts),
 }
 SWITCHES = ("share_kv_prompts", "share_kv_prompts_across_layers", "init_weights")
 
@@ -93,9 +99,9 @@ class E2VPTConfig(PeftConfig):
             segment j mod R (released code).
         token_gate (`str`, *optional*):
             What the gate of a visual prompt multiplies when importance is measured. `"attention"`: the prompt's
-            attention weight, so that 0 is exactly removal. `"embedding"`: the prompt before the layer's norm (the
-            paper's letter, equation 6). Defaults to `"attention"`, in shallow mode to `"embedding"`, the only one
-            possible there.
+            attention weight, so that 0 is exactly removal. `"embedding"`: the prompt before the layer's norm,
+            which follows the paper literally (equation 6). Defaults to `"attention"`, in shallow mode to
+            `"embedding"`, the only one possible there.
         gate_scope (`str`, *optional*, defaults to `"layer"`):
             Whether prompts are ranked in each `"layer"` (paper) or one set of gates serves the whole `"model"`
             (released code).
@@ -125,33 +131,51 @@ class E2VPTConfig(PeftConfig):
 
     Raises:
         ValueError: a choice is impossible; the message names the field, the value found and what to pass.
+
+    Example:
+
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForImageClassification
+        >>> from peft_e2vpt import E2VPTConfig
+
+        >>> model = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k", num_labels=10)
+        >>> model = get_peft_model(model, E2VPTConfig(num_visual_prompts=10, num_kv_prompts=5))
+        >>> model.print_prompt_summary()
     """
 
     companion: ClassVar[Companion | None] = None  # set where the whole package is imported
 
     num_visual_prompts: int = field(default=10, metadata={"help": "Visual prompts of every adapted layer (M)."})
     num_kv_prompts: int = field(default=5, metadata={"help": "Key-value prompts of every self-attention (n)."})
-    visual_prompt_mode: str = field(default="deep", metadata={"help": "'deep' or 'shallow' (VPT-Shallow)."})
+    visual_prompt_mode: VisualPromptMode = field(
+        default="deep", metadata={"help": "'deep' or 'shallow' (VPT-Shallow)."}
+    )
     share_kv_prompts: bool = field(default=True, metadata={"help": "One tensor for keys and values."})
     share_kv_prompts_across_layers: bool = field(
         default=False, metadata={"help": "All layers use the key-value prompts of the first."}
     )
-    kv_prompt_position: str = field(default="before", metadata={"help": "'before' or 'after' keys and values."})
-    visual_prompt_dropout: float = field(default=0.1, metadata={"help": "Per-sample dropout of visual prompts."})
-    visual_prompt_init: str = field(
-        default="xavier_uniform", metadata={"help": f"Initial visual prompts: one of {INITIALISATIONS}."}
+    kv_prompt_position: KVPromptPosition = field(
+        default="before", metadata={"help": "'before' or 'after' keys and values."}
     )
-    kv_prompt_init: str = field(
-        default="kaiming_uniform", metadata={"help": f"Initial key-value prompts: one of {INITIALISATIONS}."}
+    visual_prompt_dropout: float = field(default=0.1, metadata={"help": "Per-sample dropout of visual prompts."})
+    visual_prompt_init: Initialisation = field(
+        default="xavier_uniform", metadata={"help": f"Initial visual prompts: one of {get_args(Initialisation)}."}
+    )
+    kv_prompt_init: Initialisation = field(
+        default="kaiming_uniform", metadata={"help": f"Initial key-value prompts: one of {get_args(Initialisation)}."}
     )
     seed: int | None = field(default=None, metadata={"help": "Seed of the initial prompts."})
     num_segments: int = field(default=8, metadata={"help": "Segments of every visual prompt (R)."})
-    segment_layout: str = field(default="contiguous", metadata={"help": "'contiguous' (paper) or 'strided'."})
-    token_gate: str | None = field(
+    segment_layout: SegmentLayout = field(
+        default="contiguous", metadata={"help": "'contiguous' (paper) or 'strided'."}
+    )
+    token_gate: TokenGate | None = field(
         default=None, metadata={"help": "What a prompt's gate multiplies: 'attention' weight or 'embedding'."}
     )
-    gate_scope: str = field(default="layer", metadata={"help": "Gates per 'layer' or one set for the 'model'."})
-    pruned_prompts: str = field(default="remove", metadata={"help": "'remove' pruned prompts or set them to 'zero'."})
+    gate_scope: GateScope = field(default="layer", metadata={"help": "Gates per 'layer' or one set for the 'model'."})
+    pruned_prompts: PrunedPrompts = field(
+        default="remove", metadata={"help": "'remove' pruned prompts or set them to 'zero'."}
+    )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Self-attentions to adapt; None finds them."}
     )

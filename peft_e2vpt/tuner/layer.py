@@ -253,12 +253,12 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
     @property
     def socket(self) -> str:
         """The former name of `attention_path`; the next release drops it."""
-        warnings.warn("socket is now called attention_path.", FutureWarning, stacklevel=2)
+        warnings.warn("socket is now called attention_path.", DeprecationWarning, stacklevel=2)
         return self.attention_path
 
     def alive(self, adapter_name: str) -> Tensor:
         """The former name of `kept`; the next release drops it."""
-        warnings.warn("alive is now called kept.", FutureWarning, stacklevel=2)
+        warnings.warn("alive is now called kept.", DeprecationWarning, stacklevel=2)
         return self.kept(adapter_name)
 
     def extra_repr(self) -> str:

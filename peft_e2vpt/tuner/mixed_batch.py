@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,6 +17,27 @@ from .prompt_layers import gates_on, prompt_layers
 
 
 BASE = "__base__"  # PEFT's name for no adapter
+
+
+def check_adapter_names(adapter_names: Any, present: Collection[str]) -> None:
+    """Checks the `adapter_names` of a forward pass.
+
+    Args:
+        adapter_names: one per sample.
+        present: the adapters of the model.
+
+    Raises:
+        TypeError: they are no list.
+        ValueError: one of them is neither in the model nor `"__base__"`.
+    """
+    if not isinstance(adapter_names, (list, tuple)):
+        raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+    unknown = set(adapter_names) - {*present, BASE}
+    if unknown:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; the model has "
+            f"{', '.join(present)}, and {BASE} stands for none."
+        )
 
 
 def _with_adapter_names(

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
@@ -18,19 +17,13 @@ from ..backbones.heads import find_heads
 from ..backbones.sites import find_attention_sites
 from .config import E2VPTConfig
 from .layer import E2VPTLayer
-from .mixed_batch import BASE, one_adapter_per_sample
+from .mixed_batch import BASE, check_adapter_names, one_adapter_per_sample
 from .prompt_layers import CONTAINER, PromptLayers, restore_base_model, tag
 from .shallow import ShallowInsertion
 from .state_dict import fit_to_model, without_pruned_values
 from .summary import PromptSummary, summarise
-from .targets import check_modules_to_save, check_sites, find_targets, matches
-from .weighted import combine, combined_config
-
-
-def _cast_to_weight(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Feeds a float32 head on a half-precision backbone with float32."""
-    dtype = next(head.parameters()).dtype
-    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+from .targets import cast_heads, check_modules_to_save, check_sites, find_targets, matches
+from .weighted import check_weights, combine, combined_config
 
 
 class E2VPTModel(BaseTuner):
@@ -119,27 +112,15 @@ class E2VPTModel(BaseTuner):
 
     def _layer_of(self, name: str) -> E2VPTLayer:
         """The prompt layer of the self-attention called `name`, made on first demand."""
-        index, site = self._sites[name]
         if not hasattr(self.model, CONTAINER):
             blocks = [site.block for _, site in self._sites.values()]
             self.model.add_module(CONTAINER, PromptLayers(self.model, blocks))
-        layers: PromptLayers = getattr(self.model, CONTAINER)
-        if str(index) not in layers:
-            layers[str(index)] = E2VPTLayer(site, index)
-        layer = layers[str(index)]
-        assert isinstance(layer, E2VPTLayer)
-        return layer
+        container: PromptLayers = getattr(self.model, CONTAINER)
+        return container.layer_of(*self._sites[name])
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for module in self.model.modules():
-            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-                head = module.modules_to_save[adapter_name]
-                dtypes = {parameter.dtype for parameter in head.parameters()}
-                if autocast_adapter_dtype and dtypes & {torch.float16, torch.bfloat16}:
-                    head.float()
-                if dtypes and _cast_to_weight not in head._forward_pre_hooks.values():
-                    head.register_forward_pre_hook(_cast_to_weight)
+        cast_heads(self.model, adapter_name, autocast_adapter_dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -149,14 +130,7 @@ class E2VPTModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if not isinstance(adapter_names, (list, tuple)):
-            raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
-        unknown = set(adapter_names) - self.peft_config.keys() - {BASE}
-        if unknown:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; the model has "
-                f"{', '.join(self.peft_config)}, and {BASE} stands for none."
-            )
+        check_adapter_names(adapter_names, self.peft_config)
         self._refuse_shallow(set(adapter_names) - {BASE}, "be one of several in a batch")
         with one_adapter_per_sample(self.model, list(adapter_names)):
             yield
@@ -171,7 +145,7 @@ class E2VPTModel(BaseTuner):
 
     # ------------------------------------------------------------------------------------------------------- counting
     def prompt_summary(self, adapter_name: str | None = None) -> PromptSummary:
-        """Counts what is alive in an adapter, by default the active one.
+        """Counts what is kept of an adapter, by default the active one.
 
         Raises:
             ValueError: the adapter does not exist.
@@ -181,7 +155,7 @@ class E2VPTModel(BaseTuner):
         return summarise(self.model, adapter_name)
 
     def print_prompt_summary(self, adapter_name: str | None = None) -> None:
-        """Prints, per layer, the prompts and segments alive and their values, and the tuned percentage."""
+        """Prints the prompts, segments and trained parameters kept in every layer, and the tuned percentage."""
         print(self.prompt_summary(adapter_name))
 
     # ------------------------------------------------------------------------------------- merging and combining rows
@@ -189,9 +163,13 @@ class E2VPTModel(BaseTuner):
         """Turns the rows of adapters into constants: in eval mode no norm and no projection runs for prompts.
 
         The model gives the same outputs as before and stays a PeftModel; which adapter is active does not change.
-        Constants follow changes of the prompts, their gates, and the norms and projections they come through (see
-        `E2VPTLayer.merge`). No gradient reaches the prompts in eval mode. Constants are not saved. `unmerge_adapter`
-        undoes it, and so does, with PEFT's warning, adding or activating an adapter.
+        No gradient reaches the prompts in eval mode. Constants are not saved. `unmerge_adapter` undoes it, and so
+        does, with PEFT's warning, adding or activating an adapter.
+
+        Constants are computed anew when training mode ends, a state dict or adapter is loaded, gates are set
+        (`prune`, `apply_gates`), and prompts are rewound. Nothing else is noticed: call `unmerge_adapter` and
+        `merge_adapter` after writing in eval mode into prompts, or into the norms and projections that they come
+        through, and after switching a LoRA on these projections on or off. A change of dtype casts constants.
 
         Args:
             adapter_names: adapters in deep mode; by default the active ones.
@@ -232,11 +210,7 @@ class E2VPTModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-        if not adapters or len(adapters) != len(weights):
-            raise ValueError(
-                f"add_weighted_adapter needs one weight per adapter, got {len(adapters)} adapters and {len(weights)} "
-                "weights."
-            )
+        check_weights(adapters, weights)
         self._check_names(adapters)
         self._refuse_shallow(adapters, "be combined with others")
         config = combined_config(self.model, [self.peft_config[name] for name in adapters], adapters)
@@ -279,7 +253,7 @@ class E2VPTModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The adapter's tensors; of pruned visual prompts only the surviving values, a tensor (values,).
+        """The adapter's tensors; of pruned visual prompts only the kept values, a tensor (values,).
 
         PEFT asks for them right before it saves `config`, which then tells of the model that it belongs to.
         """

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..attention.interface import running_as
+from ..backbones.sites import AttentionSite
 from .layer import E2VPTLayer
 from .shallow import ShallowInsertion
 
@@ -76,6 +77,14 @@ class PromptLayers(nn.ModuleDict):
         self.register_load_state_dict_post_hook(_refresh_constants_after_load)  # type: ignore[no-untyped-call]
         self._handles = [module.register_forward_hook(self._require_gradient) for module in _before(blocks, model)]
         self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+
+    def layer_of(self, index: int, site: AttentionSite) -> E2VPTLayer:
+        """The prompt layer of a self-attention, made on first demand."""
+        if str(index) not in self:
+            self[str(index)] = E2VPTLayer(site, index)
+        layer = self[str(index)]
+        assert isinstance(layer, E2VPTLayer)
+        return layer
 
     def _require_gradient(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Lets a gradient into the first block: reentrant checkpoints give none to what is inside without it."""

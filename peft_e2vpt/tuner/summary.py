@@ -39,7 +39,7 @@ class PromptCount:
     @property
     def socket(self) -> str:
         """The former name of `attention_path`; the next release drops it."""
-        warnings.warn("socket is now called attention_path.", FutureWarning, stacklevel=2)
+        warnings.warn("socket is now called attention_path.", DeprecationWarning, stacklevel=2)
         return self.attention_path
 
 
@@ -70,11 +70,11 @@ class PromptSummary:
         return 100.0 * self.num_tuned_values / (self.num_tuned_values + self.num_backbone_values)
 
     def __str__(self) -> str:
-        counts = f"{'layer':>5}  {'prompts':>7}  {'segments':>8}  {'kv prompts':>10}  {'values':>9}"
+        counts = f"{'layer':>5}  {'prompts':>7}  {'segments':>8}  {'kv prompts':>10}  {'parameters':>10}"
         lines = [f"{counts}  {'attention path':<14}  attention"]
         lines += [
             f"{layer.index:>5}  {layer.num_visual_prompts:>7}  {layer.num_segments:>8}  {layer.num_kv_prompts:>10}  "
-            f"{layer.num_values:>9,}  {layer.attention_path:<14}  {layer.name}"
+            f"{layer.num_values:>10,}  {layer.attention_path:<14}  {layer.name}"
             for layer in self.layers
         ]
         lines.append(

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from torch import nn
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from ..backbones.sites import AttentionSite
 from .config import E2VPTConfig
@@ -137,3 +140,27 @@ def check_modules_to_save(model: nn.Module, names: list[str], targets: list[str]
         raise ValueError(
             f"modules_to_save names {name!r}, which {type(model).__name__} does not have. Its parts are {children}."
         )
+
+
+def _cast_to_weight(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Feeds a float32 head on a half-precision backbone with float32."""
+    dtype = next(head.parameters()).dtype
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def cast_heads(model: nn.Module, adapter_name: str, to_float32: bool) -> None:
+    """Lets the heads of an adapter take inputs of another dtype than their own.
+
+    Args:
+        model: the adapted model.
+        adapter_name: name of the adapter.
+        to_float32: whether heads in half precision are trained in float32.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            head = module.modules_to_save[adapter_name]
+            dtypes = {parameter.dtype for parameter in head.parameters()}
+            if to_float32 and dtypes & {torch.float16, torch.bfloat16}:
+                head.float()
+            if dtypes and _cast_to_weight not in head._forward_pre_hooks.values():
+                head.register_forward_pre_hook(_cast_to_weight)

@@ -35,6 +35,19 @@ def _heads(model: nn.Module, adapter_names: list[str]) -> list[ModulesToSaveWrap
     return heads
 
 
+def check_weights(adapter_names: list[str], weights: list[float]) -> None:
+    """Checks that every adapter has a weight.
+
+    Raises:
+        ValueError: there are more or fewer, or no adapters.
+    """
+    if not adapter_names or len(adapter_names) != len(weights):
+        raise ValueError(
+            f"add_weighted_adapter needs one weight per adapter, got {len(adapter_names)} adapters and {len(weights)} "
+            "weights."
+        )
+
+
 def combined_config(model: nn.Module, configs: list[E2VPTConfig], adapter_names: list[str]) -> E2VPTConfig:
     """Returns the configuration of an adapter that holds the sums of rows of others.
 

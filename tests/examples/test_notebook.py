@@ -34,7 +34,7 @@ def test_notebook_runs_from_top_to_bottom(notebook, tmp_path):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     images = [cell for cell in cells if any("image/png" in output.get("data", {}) for output in cell.outputs)]
     assert len(images) == 3  # a photograph, the pruning, the photograph that is judged
-    before, after = [printed(cell) for cell in cells if "tuned values" in printed(cell)]
+    before, after = [printed(cell) for cell in cells if "trained parameters, " in printed(cell)]
     assert "prompts 34,560" in before
     assert "prompts 21,888" in after
     answers = [line.rsplit(" ", 1)[1] for line in printed(cells[-1]).splitlines()]
