@@ -169,7 +169,7 @@ def prune_to_percentage(
     """
     adapter_name, layers = visual_prompt_layers(model, adapter_name)
     summary = summarise(model, adapter_name)
-    visual = sum(int(layer.alive(adapter_name).sum()) for layer in layers)
+    visual = sum(int(layer.kept(adapter_name).sum()) for layer in layers)
     fixed = summary.num_tuned_values - visual  # head and key-value prompts
     ratio = max_tuned_percentage / 100.0
     budget = int(ratio / (1.0 - ratio) * summary.num_backbone_values) - fixed

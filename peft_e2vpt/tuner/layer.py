@@ -156,11 +156,7 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
         if self.disable_adapters:
             return None
         rows = self._rows_of_adapters(num_sequences, dtype)
-        backbone = self.site.backbone
-        if rows is None or not (backbone.cosine or backbone.score_bias):
-            return rows
-        bias = rows.key.new_zeros(1, rows.key.shape[2]) if rows.score_bias is None else rows.score_bias
-        return rows._replace(key=self.site.normalise(rows.key), score_bias=bias + backbone.score_bias)
+        return None if rows is None else prompt_rows.as_scored(self.site, rows)
 
     def _rows_of_adapters(self, num_sequences: int, dtype: torch.dtype) -> Rows | None:
         num_samples = num_sequences if self.num_samples is None else self.num_samples
@@ -181,18 +177,6 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
         if adapter_name in self.e2vpt_merged_rows and not self.training and self.gate_override is None:
             return [prompt_rows.of_constants(self, adapter_name, self.e2vpt_merged_rows[adapter_name])]
         return prompt_rows.computed(self, adapter_name, num_samples, dtype)
-
-    def num_visual_rows(self, adapter_name: str) -> int:
-        """How many rows the visual prompts of an adapter give to this attention, without those removed."""
-        return prompt_rows.num_visual_rows(self, adapter_name)
-
-    def num_kv_rows(self, adapter_name: str) -> int:
-        """How many rows the key-value prompts of an adapter give to this attention."""
-        return prompt_rows.num_kv_rows(self, adapter_name)
-
-    def num_rows(self, adapter_name: str) -> int:
-        """P, how many rows an adapter gives to this attention; 0 where it has no part in it."""
-        return self.num_visual_rows(adapter_name) + self.num_kv_rows(adapter_name)
 
     def computed_rows(self, adapter_name: str) -> Tensor:
         """The rows of an adapter without dropout and gradient: keys and values, a tensor (2, 1, H, P, d)."""

@@ -151,6 +151,27 @@ class Prompts(nn.Module):
             return self.e2vpt_kv_source[adapter_name][0].kv_prompts(adapter_name)
         return self.e2vpt_kv_prompts[adapter_name] if adapter_name in self.e2vpt_kv_prompts else None
 
+    def has_visual_rows(self, adapter_name: str) -> bool:
+        """Whether an adapter has visual prompts that become rows; in shallow mode they are tokens of the sequence."""
+        config = self.e2vpt_config.get(adapter_name)
+        return config is not None and config.visual_prompt_mode == "deep" and adapter_name in self.e2vpt_visual_prompts
+
+    def num_visual_rows(self, adapter_name: str) -> int:
+        """How many rows the visual prompts of an adapter give to this attention, without those removed."""
+        if not self.has_visual_rows(adapter_name):
+            return 0
+        kept = self.e2vpt_kept_tokens
+        return len((kept if adapter_name in kept else self.e2vpt_visual_prompts)[adapter_name])
+
+    def num_kv_rows(self, adapter_name: str) -> int:
+        """How many rows the key-value prompts of an adapter give to this attention."""
+        kv_prompts = self.kv_prompts(adapter_name)
+        return 0 if kv_prompts is None else kv_prompts.shape[2]
+
+    def num_rows(self, adapter_name: str) -> int:
+        """P, how many rows an adapter gives to this attention; 0 where it has no part in it."""
+        return self.num_visual_rows(adapter_name) + self.num_kv_rows(adapter_name)
+
     # ------------------------------------------------------------------------------------------------------ the gates
     def set_gates(self, adapter_name: str, token: Tensor, segment: Tensor) -> None:
         """Fixes the gates of an adapter's visual prompts and clears the pruned values.

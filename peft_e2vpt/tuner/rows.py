@@ -8,27 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.rows import Rows, side_by_side
+from ..backbones.sites import AttentionSite
 from .prompts import Prompts
-
-
-def has_visual_rows(prompts: Prompts, adapter_name: str) -> bool:
-    """Whether visual prompts of an adapter become rows; in shallow mode they are tokens of the sequence."""
-    deep = prompts.e2vpt_config[adapter_name].visual_prompt_mode == "deep"
-    return deep and adapter_name in prompts.e2vpt_visual_prompts
-
-
-def num_visual_rows(prompts: Prompts, adapter_name: str) -> int:
-    """How many rows come from the visual prompts of an adapter, without those removed."""
-    if adapter_name not in prompts.e2vpt_config or not has_visual_rows(prompts, adapter_name):
-        return 0
-    kept = prompts.e2vpt_kept_tokens
-    return len((kept if adapter_name in kept else prompts.e2vpt_visual_prompts)[adapter_name])
-
-
-def num_kv_rows(prompts: Prompts, adapter_name: str) -> int:
-    """How many rows come from the key-value prompts of an adapter."""
-    kv_prompts = prompts.kv_prompts(adapter_name) if adapter_name in prompts.e2vpt_config else None
-    return 0 if kv_prompts is None else kv_prompts.shape[2]
 
 
 def computed(prompts: Prompts, adapter_name: str, num_samples: int | None, dtype: torch.dtype) -> list[Rows]:
@@ -44,7 +25,7 @@ def computed(prompts: Prompts, adapter_name: str, num_samples: int | None, dtype
         Rows (1 or B, H, P_i, d) of each kind of prompts that the adapter has.
     """
     parts = []
-    if has_visual_rows(prompts, adapter_name):
+    if prompts.has_visual_rows(adapter_name):
         visual_prompts, bias = prompts.visual_prompts(adapter_name, num_samples)
         parts.append(Rows(*prompts.site.project(visual_prompts, dtype), score_bias=bias))
     kv_prompts = prompts.kv_prompts(adapter_name)
@@ -75,4 +56,13 @@ def _in_heads(prompts: Prompts, key: Tensor, value: Tensor, adapter_name: str) -
     if prompts.site.key_dim != prompts.site.value_dim:
         key, value = key[..., : prompts.site.key_dim], value[..., : prompts.site.value_dim]
     before = prompts.e2vpt_config[adapter_name].kv_prompt_position == "before"
-    return Rows(key, value, 0 if before else num_kv_rows(prompts, adapter_name))
+    return Rows(key, value, 0 if before else prompts.num_kv_rows(adapter_name))
+
+
+def as_scored(site: AttentionSite, rows: Rows) -> Rows:
+    """Rows as the scores of an attention take them: of length 1 for a cosine, and with its average position bias."""
+    backbone = site.backbone
+    if not (backbone.cosine or backbone.score_bias):
+        return rows
+    bias = rows.key.new_zeros(1, rows.key.shape[2]) if rows.score_bias is None else rows.score_bias
+    return rows._replace(key=site.normalise(rows.key), score_bias=bias + backbone.score_bias)

@@ -43,7 +43,7 @@ def softmax_by_hand(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (4, 8)).transpose(1, 2)
 
-        prompts = layer.e2vpt_visual_prompts["default"] * layer.alive("default")
+        prompts = layer.e2vpt_visual_prompts["default"] * layer.kept("default")
         prompts = prompts[layer.e2vpt_token_gates["default"] > 0][None]
         visual = heads(attention.k_proj(layer.site.block.layernorm_before(prompts.double())))
         key_value = layer.e2vpt_kv_prompts["default"][:1].double()

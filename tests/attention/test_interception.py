@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from transformers.models.vit import modeling_vit
 
 from peft_e2vpt import E2VPTConfig, score_prompts
 from peft_e2vpt.attention import interface, torch_function
@@ -28,6 +29,30 @@ CONFIG: dict[str, Any] = {"num_visual_prompts": 3, "num_kv_prompts": 2, "num_seg
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --------------------------------------------------------------------------------------------------- which path it is
+def test_a_subclass_in_another_file_has_the_eager_function_of_the_model_file() -> None:
+    attention = build("vit")[0].vit.layers[0].attention
+    attention.__class__ = type("OwnAttention", (type(attention),), {"__module__": __name__})
+    assert interface.eager_attention_of(attention, "eager_attention_forward") is modeling_vit.eager_attention_forward
+
+
+def test_an_attention_without_a_config_does_not_ask_for_its_implementation() -> None:
+    layer = build("vit")[0].vit.layers[0].attention
+    del layer.config
+    assert interface.eager_attention_of(layer, "eager_attention_forward") is None
+
+
+def test_former_names_still_work_and_warn() -> None:
+    model = get_peft_model(build("vit")[0], E2VPTConfig(**CONFIG))
+    layer, count = prompt_layers(model)[0], model.prompt_summary().layers[0]
+    with pytest.warns(DeprecationWarning, match="socket is now called attention_path"):
+        assert layer.socket == count.attention_path == "interface"
+    with pytest.warns(DeprecationWarning, match="socket is now called attention_path"):
+        assert count.socket == "interface"
+    with pytest.warns(DeprecationWarning, match="alive is now called kept"):
+        assert torch.equal(layer.alive("default"), layer.kept("default"))
 
 
 # ------------------------------------------------------------------------------------------- one path, the other

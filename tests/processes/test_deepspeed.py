@@ -115,7 +115,7 @@ def test_master_weights_of_a_half_precision_engine_return_to_the_start(ranks: Ra
         assert report.num_scored_samples == 21
         for layer, token, segment in zip(prompt_layers(model), report.token_gates, report.segment_gates, strict=True):
             layer.set_gates("default", torch.tensor(token), torch.tensor(segment))
-            start[f"base_model.model.e2vpt.{layer.index}.e2vpt_visual_prompts.default"] *= layer.alive("default")
+            start[f"base_model.model.e2vpt.{layer.index}.e2vpt_visual_prompts.default"] *= layer.kept("default")
         assert_same_bits(found, start)
         assert any((tensor == 0).any() for name, tensor in found.items() if "visual_prompts" in name)
         assert not any(torch.equal(rank["bf16"]["end"][name], tensor) for name, tensor in start.items())
@@ -141,7 +141,7 @@ def test_the_best_model_of_the_second_part_is_loaded_at_the_end(out: Path, ranks
 def test_the_saved_adapter_is_compact_and_loads_back(out: Path, ranks: Ranks, folder: str) -> None:
     weights = load_file(out / "search" / folder / "adapter_model.safetensors")
     model = PeftModel.from_pretrained(build("vit")[0], out / "search" / folder)
-    sizes = [int(layer.alive("default").sum()) for layer in prompt_layers(model)]
+    sizes = [int(layer.kept("default").sum()) for layer in prompt_layers(model)]
     stored = [tensor for name, tensor in sorted(weights.items()) if "visual_prompts" in name]
     assert [tensor.numel() for tensor in stored if tensor.dim() == 1] == [size for size in sizes if size < 4 * 32]
     assert any(tensor.dim() == 1 for tensor in stored)

@@ -186,7 +186,7 @@ def test_the_second_part_starts_from_the_target(name: str, target: str, tmp_path
     values = watch.values[BOUNDARY]
     expected = {"init": watch.values[0], "early": watch.values[5], "none": last, "fresh": values}[target]
     alive = {
-        f"base_model.model.e2vpt.{layer.index}.e2vpt_visual_prompts.default": layer.alive("default")
+        f"base_model.model.e2vpt.{layer.index}.e2vpt_visual_prompts.default": layer.kept("default")
         for layer in prompt_layers(model)
     }
     assert any("classifier" in key for key in values) and len(alive) == len(prompt_layers(model))
@@ -220,7 +220,7 @@ def test_pruned_values_stay_zero_to_the_end_and_survivors_go_on_learning(tmp_pat
     watch, model = Watch(), adapted()
     trainer_for(tmp_path, PruneRewindCallback(**HALF), model, watch).train()
     for layer in prompt_layers(model):
-        prompts, alive = layer.e2vpt_visual_prompts["default"], layer.alive("default")
+        prompts, alive = layer.e2vpt_visual_prompts["default"], layer.kept("default")
         at_boundary = watch.values[BOUNDARY][f"base_model.model.e2vpt.{layer.index}.e2vpt_visual_prompts.default"]
         assert (~alive).any() and (prompts[~alive] == 0).all()
         assert (prompts[alive] != at_boundary[alive]).all()
@@ -816,7 +816,7 @@ def test_a_budget_is_kept_and_used(name: str, tmp_path: Path) -> None:
     assert model.prompt_summary().tuned_percentage == report.tuned_percentage_after <= lowest
     scores = ImportanceScores(torch.tensor(report.token_scores), torch.tensor(report.segment_scores), 21)
     widths = [layer.site.width for layer in prompt_layers(model)]
-    alive = sum(int(layer.alive("default").sum()) for layer in prompt_layers(model))
+    alive = sum(int(layer.kept("default").sum()) for layer in prompt_layers(model))
     all_values = sum(NUM_PROMPTS * width for width in widths)
     gates = prune_to_budget(scores, all_values - 300, widths)
     assert gates.num_values(widths) == alive

@@ -336,7 +336,7 @@ def test_pruned_values_stay_zero_under_momentum_and_weight_decay(name: str, mode
     assert [id(p) for _, p in trainable(model)] == identities
     assert all(not torch.equal(p, before[name]) for name, p in trainable(model))
     for row, layer in enumerate(prompt_layers(model)):
-        prompts, alive = layer.e2vpt_visual_prompts["default"], layer.alive("default")
+        prompts, alive = layer.e2vpt_visual_prompts["default"], layer.kept("default")
         assert torch.equal(alive, gates.segment[row].repeat_interleave(layer.site.width // 4, dim=-1) == 1)
         assert 0 < int((~alive).sum()) < alive.numel()
         assert (prompts[~alive] == 0).all() and (prompts[alive] != 0).all()
@@ -354,13 +354,13 @@ def test_momentum_from_before_the_pruning_has_no_effect(mode: str, tmp_path: Pat
     apply_gates(model, some_gates(model))
     train(model, inputs, optimizer, steps=3)
     drifted = [
-        layer.e2vpt_visual_prompts["default"][~layer.alive("default")].abs().max() for layer in prompt_layers(model)
+        layer.e2vpt_visual_prompts["default"][~layer.kept("default")].abs().max() for layer in prompt_layers(model)
     ]
     assert min(drifted) > 0
     other = reloaded(model, "vit", tmp_path)
     assert torch.equal(predict(other, inputs), predict(model, inputs))
     for layer, drift in zip(prompt_layers(other), drifted, strict=True):
-        assert (layer.e2vpt_visual_prompts["default"][~layer.alive("default")] == 0).all() and drift > 0
+        assert (layer.e2vpt_visual_prompts["default"][~layer.kept("default")] == 0).all() and drift > 0
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])

@@ -46,7 +46,7 @@ def test_pruned_values_stay_pruned(name: str) -> None:
     trained(model)
     rewind(model, kept)
     for layer in prompt_layers(model):
-        prompts, alive = layer.e2vpt_visual_prompts["default"], layer.alive("default")
+        prompts, alive = layer.e2vpt_visual_prompts["default"], layer.kept("default")
         original = kept[f"base_model.model.e2vpt.{layer.index}.e2vpt_visual_prompts.default"]
         assert 0 < int((~alive).sum())
         assert torch.equal(prompts, torch.where(alive, original, torch.zeros(())))
@@ -142,7 +142,7 @@ def test_a_new_draw_leaves_pruned_values_and_other_adapters_alone() -> None:
     prune(model)
     redraw(model, "default", seed=1)
     for layer in prompt_layers(model):
-        prompts, alive = layer.e2vpt_visual_prompts["default"], layer.alive("default")
+        prompts, alive = layer.e2vpt_visual_prompts["default"], layer.kept("default")
         assert (prompts[~alive] == 0).all() and (prompts[alive] != 0).all() and (~alive).any()
     assert others and all(torch.equal(model.state_dict()[key], tensor) for key, tensor in others.items())
 

@@ -79,7 +79,7 @@ def pruned_values_have_no_effect(model: PeftModel) -> bool:
     before = model.eval()(pixel_values=images).logits
     layers = prompt_layers(model)
     for layer in layers:
-        prompts, alive = layer.e2vpt_visual_prompts["default"], layer.alive("default")
+        prompts, alive = layer.e2vpt_visual_prompts["default"], layer.kept("default")
         values = whole(prompts)
         assert 0 < int(alive.sum()) < alive.numel() and (values[~alive] == 0).all()
         assign(prompts, values + (~alive).to(values) * 100)

@@ -200,8 +200,8 @@ def test_a_pruned_adapter_stores_its_surviving_values_only(tmp_path, kind):
     for layer in layers_of(model):
         if "default" in layer.e2vpt_visual_prompts:
             stored = file_of(tmp_path / "pruned")[f"base_model.model.e2vpt.{layer.index}.e2vpt_visual_prompts"]
-            assert stored.shape == (int(layer.alive("default").sum()),)
-            alive, lost = alive + stored.numel(), lost + int((~layer.alive("default")).sum())
+            assert stored.shape == (int(layer.kept("default").sum()),)
+            alive, lost = alive + stored.numel(), lost + int((~layer.kept("default")).sum())
     assert lost > 64 * 32 - 1 and abs(sizes[0] - sizes[1] - 4 * lost) < 100
     loaded = load(tmp_path / "pruned")
     assert torch.equal(predict(loaded, inputs), predict(model, inputs))

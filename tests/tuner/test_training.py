@@ -324,7 +324,7 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
 
 def pruned_values(model: nn.Module) -> list[Tensor]:
     layers = [layer for layer in layers_of(model) if "default" in layer.e2vpt_visual_prompts]
-    return [layer.e2vpt_visual_prompts["default"].detach()[~layer.alive("default")] for layer in layers]
+    return [layer.e2vpt_visual_prompts["default"].detach()[~layer.kept("default")] for layer in layers]
 
 
 @states
@@ -368,8 +368,8 @@ def test_everything_trainable_stays_in_the_graph_when_a_layer_has_lost_all_its_p
     for layer in layers_of(model):
         if "default" in layer.e2vpt_visual_prompts:
             gradient = layer.e2vpt_visual_prompts["default"].grad
-            assert (gradient[~layer.alive("default")] == 0).all()
-            assert (gradient[layer.alive("default")] != 0).all()
+            assert (gradient[~layer.kept("default")] == 0).all()
+            assert (gradient[layer.kept("default")] != 0).all()
 
 
 def test_pruning_everything_leaves_the_key_value_prompts():

@@ -1,0 +1,194 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""The private names of other packages that this one relies on: each exists, with the signature that is used."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from transformers import AttentionInterface, ImageClassificationPipeline, Pipeline, PreTrainedModel, Trainer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import peft_e2vpt
+from peft_e2vpt import E2VPTLayer, E2VPTModel
+from peft_e2vpt._compat import BatchNorm, BufferDict, ExcludedModule, offload_device, takes_processor
+from tests.support.models import build
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+# ------------------------------------------------------------------------------------------------------ imported names
+def test_a_buffer_dict_holds_buffers_that_are_saved_if_it_is_persistent() -> None:
+    for persistent in (True, False):
+        module = BufferDict(persistent=persistent)
+        module["one"] = torch.ones(2)
+        assert dict(module.named_buffers()).keys() == {"one"} == set(module.keys())
+        assert ("one" in module.state_dict()) is persistent
+        del module["one"]
+        assert "one" not in module
+        module["two"] = torch.ones(1)
+        module.clear()
+        assert not list(module.buffers())
+
+
+def test_an_excluded_module_counts_as_no_target() -> None:
+    assert not ExcludedModule()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_batch_norms_have_one_base_class(norm: type[nn.Module]) -> None:
+    assert issubclass(norm, BatchNorm) and not issubclass(nn.LayerNorm, BatchNorm)
+
+
+def test_an_offloaded_module_tells_where_it_runs() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    assert offload_device(module) is None
+    weights = {name: value.clone() for name, value in module[0].state_dict().items()}
+    add_hook_to_module(module[0], AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights))
+    assert next(module.parameters()).is_meta and offload_device(module) == torch.device("cpu")
+
+
+def test_pipelines_say_which_processors_they_take() -> None:
+    assert takes_processor(ImageClassificationPipeline, "image_processor") is True
+    assert takes_processor(ImageClassificationPipeline, "tokenizer") is False
+    assert hasattr(Pipeline, "_load_feature_extractor")
+
+
+# ---------------------------------------------------------------------------------------------- methods and attributes
+OVERRIDDEN = [  # (class of another package, ours, method)
+    *[
+        (BaseTuner, E2VPTModel, name)
+        for name in (
+            "_cast_adapter_dtype",
+            "_check_target_module_exists",
+            "_create_and_replace",
+            "_get_adapter_state_dict",
+            "_pre_injection_hook",
+            "_prepare_adapter_config",
+            "_remap_adapter_state_dict_for_load",
+            "_remove_adapter_name_from_key",
+            "_unload_and_optionally_merge",
+        )
+    ],
+    (PeftModel, E2VPTModel, "_enable_peft_forward_hooks"),  # calls that of the tuner
+    (BaseTunerLayer, E2VPTLayer, "_get_base_layer_device_and_dtype"),
+    (BaseTunerLayer, E2VPTLayer, "_move_adapter_to_device_of_base_layer"),
+    (nn.Module, E2VPTLayer, "_replicate_for_data_parallel"),
+]
+
+
+@pytest.mark.parametrize(("theirs", "ours", "name"), OVERRIDDEN, ids=lambda part: getattr(part, "__name__", part))
+def test_an_overridden_method_exists_and_takes_the_same_arguments(theirs: type, ours: type, name: str) -> None:
+    expected = [p for p in inspect.signature(getattr(theirs, name)).parameters if p not in ("self", "args", "kwargs")]
+    parameters = inspect.signature(getattr(ours, name)).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    found = [p for p in parameters if p not in ("self", "args", "kwargs")]
+    assert found == expected[: len(found)] and (takes_any or found == expected)
+
+
+def test_every_override_is_known() -> None:
+    private = {
+        (ours, name)
+        for ours, bases in ((E2VPTModel, (BaseTuner, PeftModel)), (E2VPTLayer, (BaseTunerLayer, nn.Module)))
+        for name in vars(ours)
+        if is_private(name) and name != "_abc_impl" and any(hasattr(base, name) for base in bases)
+    }
+    assert private <= {(ours, name) for _, ours, name in OVERRIDDEN}
+
+
+def _optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
+ATTRIBUTES: dict[str, Any] = {  # where each private attribute that is read or set comes from
+    "_attn_implementation": lambda: build("vit")[0].config,
+    "_cast_adapter_dtype": lambda: BaseTuner,
+    "_created_lr_scheduler": lambda: inspect.getsource(Trainer.__init__),
+    "_forward_pre_hooks": nn.Module,
+    "_get_adapter_state_dict": lambda: BaseTuner,
+    "_hf_hook": lambda: add_hook_to_module(nn.Linear(1, 1), AlignDevicesHook()),
+    "_init_weights": lambda: PreTrainedModel,
+    "_last_lr": lambda: LambdaLR(_optimizer(), lambda step: 1.0),
+    "_load_from_state_dict": lambda: nn.Module,
+    "_prepare_inputs": lambda: Trainer,
+    "_remap_adapter_state_dict_for_load": lambda: BaseTuner,
+    "_remove_adapter_name_from_key": lambda: BaseTuner,
+    "_require_grads_hooks": lambda: inspect.getsource(PreTrainedModel.enable_input_require_grads),
+    "_reset": lambda: ReduceLROnPlateau(_optimizer()),
+    "_train_batch_size": lambda: inspect.getsource(Trainer.__init__),
+}
+OF_DEEPSPEED = {"_hp_mapping", "_z3_optimizer"}
+OF_PYTHON = {"_fields", "_replace", "_name_", "_value_", "_member_names_", "_member_map_", "_value2member_map_"}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_a_private_attribute_exists(name: str) -> None:
+    owner = ATTRIBUTES[name]()
+    assert f"self.{name}" in owner if isinstance(owner, str) else hasattr(owner, name)
+
+
+def test_deepspeed_marks_its_parameters() -> None:
+    spec = find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        pytest.skip("DeepSpeed is not installed")
+    package = Path(spec.origin).parent
+    sources = "".join(file.read_text() for part in ("runtime", "utils") for file in (package / part).rglob("*.py"))
+    assert all(f".{name} = " in sources for name in OF_DEEPSPEED)
+
+
+def test_the_attention_interface_is_asked_by_name() -> None:
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] and "e2vpt" in ALL_ATTENTION_FUNCTIONS.valid_keys()
+    assert list(inspect.signature(AttentionInterface.register).parameters) == ["key", "value"]
+
+
+# -------------------------------------------------------------------------------------------------------- nothing else
+ROOT = Path(peft_e2vpt.__file__).parent
+TREES = {file.relative_to(ROOT).as_posix(): ast.parse(file.read_text("utf-8")) for file in ROOT.rglob("*.py")}
+
+
+def own_names() -> set[str]:
+    nodes = [node for tree in TREES.values() for node in ast.walk(tree)]
+    functions = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return functions | {
+        node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("self._")
+    }
+
+
+def test_private_names_are_imported_in_compat_alone() -> None:
+    imported = {
+        file
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module != "__future__"
+        if any(map(is_private, [*str(node.module).split("."), *(alias.name for alias in node.names)]))
+    }
+    assert imported == {"_compat.py"}
+
+
+def test_every_private_attribute_of_another_package_is_known() -> None:
+    read = {
+        node.attr
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and is_private(node.attr)
+    }
+    asked = {
+        node.args[1].value
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr")
+        if isinstance(node.args[1], ast.Constant) and is_private(node.args[1].value)
+    }
+    assert (read | asked) - own_names() - ATTRIBUTES.keys() - OF_DEEPSPEED - OF_PYTHON == set()
