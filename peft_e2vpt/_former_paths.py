@@ -32,7 +32,7 @@ FORMER_PATHS = {
     "layer": ("tuner.layer", "tuner"),
     "loading": ("hub.loading",),
     "measuring": ("evaluation",),
-    "merging": ("tuner.constants",),
+    "merging": ("tuner.rows",),
     "mixed_batch": ("tuner.mixed_batch",),
     "model": ("tuner.model",),
     "pictures": ("images",),
