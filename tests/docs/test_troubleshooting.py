@@ -292,12 +292,12 @@ def budget() -> None:
 
 @under("A ratio is larger than 1")
 def ratio() -> None:
-    PruneRewindCallback(tokens=20.0)
+    PruneRewindCallback(prune_tokens=20.0)
 
 
 @under("Too many prompts are to be pruned")
 def too_many() -> None:
-    train(PruneRewindCallback(tokens=4))
+    train(PruneRewindCallback(prune_tokens=4))
 
 
 @under("The model has no adapter")
