@@ -203,10 +203,12 @@ def _try_model_quality(trainer: Trainer, quality: ModelQuality) -> None:
     with no_trace(model, (), trainer.args.seed):
         if isinstance(metric, TrainerMetric):
             try:
-                metric.of_one_batch()
-                return
+                metrics = metric.metrics_of_one_batch()
             except Exception as error:  # a metric may need more than a batch, both classes for instance
                 if should_reduce_batch_size(error):
                     raise
+            else:
+                metric.pick(metrics)
+                return
         with _trying("measure the quality", "Pass another quality to PruneRewindCallback.", (ValueError,)):
             quality(model)

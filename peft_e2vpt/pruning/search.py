@@ -223,9 +223,8 @@ def _measure_in_batches(
     first = next(stream, None)
     shares = False
     if first is not None:
-        shares = (
-            max_rows // first.largest > 1 and len(trial) > 1 and _may_share(trial, model, first, quality, max_rows)
-        )
+        has_room = max_rows >= 2 * first.largest and len(trial) > 1
+        shares = has_room and _may_share(trial, model, first, quality, max_rows)
         if sharded and is_distributed():  # all processes make the same forward passes
             shares = not sum_over_processes(torch.tensor([float(not shares)]), trial.device).item()
     for batch in chain([first] if first is not None else [], stream):

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import DataLoaderStateMixin
-from torch.utils.data import BatchSampler, DataLoader, Subset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from ..evaluation import no_trace
 
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+
+logger = logging.get_logger(__name__)
 
 
 class PreparedBatches:
@@ -70,25 +76,37 @@ def _is_overridden(trainer: Trainer, name: str) -> bool:
     return getattr(getattr(trainer, name), "__func__", None) is not getattr(Trainer, name)
 
 
-def _has_plain_batches(dataloader: Any) -> bool:
-    """Whether a dataloader cuts its dataset into batches as torch does, not by a sampler of batches of its own."""
+def _batch_sampler_of(dataloader: Any) -> Any:
+    """What cuts a dataset into batches, below what Accelerate shares out."""
     sampler = getattr(dataloader, "batch_sampler", None)
-    return type(getattr(sampler, "batch_sampler", sampler)) is BatchSampler
+    return getattr(sampler, "batch_sampler", sampler)
 
 
-def _share_of(trainer: Trainer, dataloader: Any, drop_last: bool = False) -> DataLoader[Any]:
-    """Reads this process's share of the dataset behind a dataloader, in order and without padding."""
-    args, dataset = trainer.args, dataloader.dataset
+def _share_of(trainer: Trainer, dataloader: Any) -> DataLoader[Any]:
+    """Reads this process's share of the dataset behind a dataloader, in order, without padding and to the end.
+
+    An incomplete batch at the end is left out where the dataloader drops it and it cannot be collated: a function that
+    mixes images in pairs refuses an odd one.
+    """
+    args, dataset, collate = trainer.args, dataloader.dataset, dataloader.collate_fn
     share = Subset(dataset, range(args.process_index, len(dataset), args.world_size))
-    batch_sampler = dataloader.batch_sampler
-    size = getattr(batch_sampler, "batch_sampler", batch_sampler).batch_size
+    batch_sampler = _batch_sampler_of(dataloader)
+    size = batch_sampler.batch_size
+    tail = range(len(share) - len(share) % size, len(share))
+    drops = batch_sampler.drop_last and len(share) > len(tail) > 0 and not _can_collate(trainer, share, tail, collate)
     return DataLoader(
-        share,
-        batch_size=size,
-        collate_fn=dataloader.collate_fn,
-        num_workers=args.dataloader_num_workers,
-        drop_last=drop_last and len(share) >= size,
+        share, batch_size=size, collate_fn=collate, num_workers=args.dataloader_num_workers, drop_last=drops
     )
+
+
+def _can_collate(trainer: Trainer, dataset: Any, indices: range, collate: Any) -> bool:
+    with no_trace(trainer.model, (), trainer.args.seed):
+        try:
+            collate([dataset[i] for i in indices])
+        except (AssertionError, RuntimeError, ValueError) as error:
+            logger.info(f"The last batch to score on is left out, since it cannot be collated: {error}")
+            return False
+    return True
 
 
 def _prepared(trainer: Trainer, dataloader: Any) -> PreparedBatches:
@@ -98,7 +116,7 @@ def _prepared(trainer: Trainer, dataloader: Any) -> PreparedBatches:
 def has_share(dataloader: Any) -> bool:
     """Whether a process can read its share of a dataloader's dataset in order."""
     dataset = getattr(dataloader, "dataset", None)
-    return dataset is not None and not is_stream(dataset) and _has_plain_batches(dataloader)
+    return dataset is not None and not is_stream(dataset) and type(_batch_sampler_of(dataloader)) is BatchSampler
 
 
 def scoring_batches(trainer: Trainer, score_dataset: Any = None) -> PreparedBatches:
@@ -115,7 +133,7 @@ def scoring_batches(trainer: Trainer, score_dataset: Any = None) -> PreparedBatc
     if score_dataset is not None:
         dataloader = trainer.get_test_dataloader(score_dataset)  # not kept, as that of an evaluation set may be
     if has_share(dataloader):
-        dataloader = _share_of(trainer, dataloader, trainer.args.dataloader_drop_last)
+        dataloader = _share_of(trainer, dataloader)
     return _prepared(trainer, dataloader)
 
 
@@ -168,6 +186,8 @@ def validation_batches(trainer: Trainer, validation_dataset: Any = None) -> Prep
         ValueError: see `validation_dataset_of`.
     """
     dataloader = validation_dataloader(trainer, validation_dataset)
-    if trainer.args.world_size > 1 and has_share(dataloader):
-        dataloader = _share_of(trainer, dataloader)  # Accelerate would repeat samples to fill the last batch
+    if has_share(dataloader):
+        in_order = isinstance(_batch_sampler_of(dataloader).sampler, SequentialSampler)
+        if in_order or trainer.args.world_size > 1:  # Accelerate would repeat samples to fill the last batch
+            dataloader = _share_of(trainer, dataloader)
     return _prepared(trainer, dataloader)

@@ -71,19 +71,21 @@ class TrainerMetric:
         """
         data = validation_dataset_of(self.trainer, self.validation_dataset)
         with _quiet(self.trainer):
-            return self._pick(self.trainer.evaluate(data) if data is not None else self.trainer.evaluate())
+            return self.pick(self.trainer.evaluate(data) if data is not None else self.trainer.evaluate())
 
-    def of_one_batch(self) -> float:
-        """The metric of one batch of the set.
-
-        Raises:
-            ValueError: the evaluation does not give it.
-        """
+    def metrics_of_one_batch(self) -> dict[str, float]:
+        """All that the Trainer measures, on the first batch of the set alone."""
         batch = next(iter(validation_dataloader(self.trainer, self.validation_dataset)))
         with _quiet(self.trainer):
-            return self._pick(self.trainer.evaluation_loop(OneBatch(batch), "Trying").metrics)
+            metrics: dict[str, float] = self.trainer.evaluation_loop(OneBatch(batch), "Trying").metrics
+            return metrics
 
-    def _pick(self, metrics: dict[str, float]) -> float:
+    def pick(self, metrics: dict[str, float]) -> float:
+        """The metric among others.
+
+        Raises:
+            ValueError: it is not among them.
+        """
         if self.name not in metrics:
             raise ValueError(
                 f"Pruning candidates are compared by {self.name}, but the Trainer's evaluation gives only "
