@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -18,34 +17,16 @@ from transformers.utils import logging
 
 from ..distributed import is_distributed, is_sharded, sum_over_processes
 from ..evaluation import Batch, batches, no_trace
-from ..tuner.gates import GateOverride
-from ..tuner.layer import E2VPTLayer
-from ..tuner.prompt_layers import active_prompt_layers, gates_on
+from ..tuner.prompt_layers import gates_on
+from .candidates import Candidate, CandidateTrial
 from .importance import ImportanceScores
 from .quality import BatchQuality, ModelQuality, Quality, is_joined
-from .ranking import MIN_SEGMENTS, MIN_TOKENS, Gates, prune
+from .ranking import MIN_SEGMENTS, MIN_TOKENS, Gates
 
 
 logger = logging.get_logger(__name__)
 
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to prune and what it gives on validation data.
-
-    Attributes:
-        token_ratio: ratio of prompts pruned in every layer.
-        segment_ratio: ratio of segments pruned in every prompt that stays.
-        num_values: values of visual prompts that stay.
-        quality: measured on the validation data, the higher the better.
-    """
-
-    token_ratio: float
-    segment_ratio: float
-    num_values: int
-    quality: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -72,89 +53,6 @@ class PruningSearch:
         return "\n".join(lines)
 
 
-class _Trial:
-    """The candidates of a search, and the model that they are tried in."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        scores: ImportanceScores,
-        token_ratios: Sequence[float],
-        segment_ratios: Sequence[float],
-        bounds: dict[str, int],
-        adapter_name: str | None,
-    ) -> None:
-        self.adapter_name, self.layers = active_prompt_layers(model, adapter_name)
-        if len(scores.token) not in (1, len(self.layers)):
-            raise ValueError(
-                f"The model has {len(self.layers)} prompted layers, but the scores are for {len(scores.token)}."
-            )
-        config = self.layers[0].e2vpt_config[self.adapter_name]
-        removes = config.pruned_prompts == "remove"
-        # whether prompts leave the sequence, for all samples of a batch or for none
-        self.alike = removes and config.visual_prompt_mode == "shallow"
-        self.on = "attention" if removes and not self.alike else "embedding"
-        self.device = self.layers[0].e2vpt_token_gates[self.adapter_name].device
-        self.candidates, self.gates = _distinct_candidates(scores, token_ratios, segment_ratios, self.layers, bounds)
-        # of every layer, also where all have the same: (candidates, layers, M) and (candidates, layers, M, R)
-        num = len(self.layers)
-        self.token = torch.stack([g.token for g in self.gates]).float().to(self.device).expand(-1, num, -1)
-        self.segment = torch.stack([g.segment for g in self.gates]).float().to(self.device).expand(-1, num, -1, -1)
-
-    def __len__(self) -> int:
-        return len(self.candidates)
-
-    @contextmanager
-    def applied(self, chosen: Sequence[int], size: int) -> Iterator[None]:
-        """Gives every one of `size` samples per candidate its gates; a single candidate's are those of any sample."""
-        repeats = size if len(chosen) > 1 else 1
-        index = torch.tensor(list(chosen), device=self.device)
-        token = self.token[index].repeat_interleave(repeats, dim=0)
-        segment = self.segment[index].repeat_interleave(repeats, dim=0)
-        try:
-            if self.alike:
-                kept = token[0, 0].nonzero().flatten()
-                self.layers[0].e2vpt_kept_tokens[self.adapter_name] = kept
-            for i, layer in enumerate(self.layers):
-                layer.gate_override = GateOverride(token[:, i], segment[:, i], self.on)
-            yield
-        finally:
-            for layer in self.layers:
-                layer.gate_override = None
-                layer.refresh_gates()
-
-    def runs(self, longest: int) -> Iterator[range]:
-        """Cuts the candidates into runs that share a batch; in a shallow adapter they prune the same prompts."""
-        start = 0
-        while start < len(self):
-            stop = start + 1
-            while stop < min(start + longest, len(self)):
-                if self.alike and not torch.equal(self.token[start], self.token[stop]):
-                    break
-                stop += 1
-            yield range(start, stop)
-            start = stop
-
-
-def _distinct_candidates(
-    scores: ImportanceScores,
-    token_ratios: Sequence[float],
-    segment_ratios: Sequence[float],
-    layers: Sequence[E2VPTLayer],
-    bounds: dict[str, int],
-) -> tuple[list[Candidate], list[Gates]]:
-    widths = [layer.site.width for layer in layers]
-    candidates: list[Candidate] = []
-    gates: list[Gates] = []
-    for token_ratio in sorted(set(token_ratios) | {0.0}):
-        for segment_ratio in sorted(set(segment_ratios) | {0.0}):
-            new = prune(scores, token_ratio, segment_ratio, **bounds)
-            if not any(torch.equal(new.segment, old.segment) for old in gates):
-                candidates.append(Candidate(token_ratio, segment_ratio, new.num_values(widths)))
-                gates.append(new)
-    return candidates, gates
-
-
 def _repeated(inputs: dict[str, Any], times: int, size: int) -> dict[str, Any]:
     """A batch several times over, one below the other; what is not one entry per sample stays as it is."""
 
@@ -167,7 +65,7 @@ def _repeated(inputs: dict[str, Any], times: int, size: int) -> dict[str, Any]:
 
 
 def _measure(
-    trial: _Trial, model: nn.Module, batch: Batch, chosen: Sequence[int], quality: BatchQuality
+    trial: CandidateTrial, model: nn.Module, batch: Batch, chosen: Sequence[int], quality: BatchQuality
 ) -> tuple[Tensor, Any]:
     """Measures candidates on one batch together: numbers (candidates, B), or () where the batch has only one."""
     count = len(chosen)
@@ -183,11 +81,11 @@ def _measure(
     return values.view(count, batch.size), outputs
 
 
-def _may_share(trial: _Trial, model: nn.Module, batch: Batch, quality: BatchQuality, max_rows: int) -> bool:
+def _may_share(trial: CandidateTrial, model: nn.Module, batch: Batch, quality: BatchQuality, max_rows: int) -> bool:
     """Whether candidates may share a forward pass: whether samples of a batch leave each other alone.
 
-    Tried on one batch: what two candidates give alone has to be what they give together, with a copy of the first beside
-    them if there is room.
+    Tried on one batch: what two candidates give alone has to be what they give together, with a copy of the first
+    beside them if there is room.
     """
     order = [0, 0, 1] if max_rows >= 3 * batch.largest else [0, 1]
     pair = 0, next(iter(trial.runs(len(trial))))[-1]
@@ -214,7 +112,7 @@ def _may_share(trial: _Trial, model: nn.Module, batch: Batch, quality: BatchQual
 
 
 def _measure_in_batches(
-    trial: _Trial, model: nn.Module, dataloader: Iterable[Any], quality: BatchQuality, max_rows: int
+    trial: CandidateTrial, model: nn.Module, dataloader: Iterable[Any], quality: BatchQuality, max_rows: int
 ) -> list[float]:
     """The mean quality of every candidate over the batches of all processes."""
     totals = torch.zeros(len(trial) + 1, dtype=torch.float64)  # the last one counts samples
@@ -242,7 +140,7 @@ def _measure_in_batches(
     return means
 
 
-def _choose(trial: _Trial, qualities: Sequence[float]) -> PruningSearch:
+def _choose(trial: CandidateTrial, qualities: Sequence[float]) -> PruningSearch:
     """The best candidate, of equal ones the most pruned; one whose quality is not a number is never chosen."""
     candidates = [replace(c, quality=q) for c, q in zip(trial.candidates, qualities, strict=True)]
     numbers = [i for i, candidate in enumerate(candidates) if not math.isnan(candidate.quality)]
@@ -303,7 +201,7 @@ def search_pruning(
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     bounds = {"min_tokens": min_tokens, "min_segments": min_segments}
-    trial = _Trial(model, scores, token_ratios, segment_ratios, bounds, adapter_name)
+    trial = CandidateTrial(model, scores, token_ratios, segment_ratios, bounds, adapter_name)
     if isinstance(quality, ModelQuality):
         found = []
         for i in range(len(trial)):

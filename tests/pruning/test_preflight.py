@@ -67,7 +67,11 @@ class Unlabelled(Pictures):
 @pytest.mark.parametrize(
     ("callback", "settings", "message"),
     [
-        ({"quality": failing}, {}, "tried to compare prunings on one batch before training, and got KeyError: 'masks'"),
+        (
+            {"quality": failing},
+            {},
+            "tried to compare prunings on one batch before training, and got KeyError: 'masks'",
+        ),
         ({"quality": lambda outputs, batch: outputs.logits}, {}, "tried to compare prunings .* one number per sample"),
         ({"quality": "mean_iou"}, {}, "compared by eval_mean_iou, but the Trainer's evaluation gives only eval_loss"),
         ({"quality": ModelQuality(lambda model: model.no_such)}, {}, "tried to measure the quality .* AttributeError"),
@@ -166,7 +170,7 @@ def test_trying_changes_neither_generators_nor_modes_nor_gradients(tmp_path: Pat
     assert before == after
 
 
-# --------------------------------------------------------------------------------------------------- whoever is trained
+# -------------------------------------------------------------------------------------------------- whoever is trained
 def injected() -> nn.Module:
     base, _ = build("vit")
     return inject_adapter_in_model(E2VPTConfig(**SETTINGS, modules_to_save=["classifier"]), base)
@@ -198,7 +202,7 @@ def test_adapted_models_that_are_no_peft_model_are_pruned(make: Any, search: boo
     assert prompt_layers(model)
 
 
-# ----------------------------------------------------------------------------------------------- the Trainer, subclasses
+# --------------------------------------------------------------------------------------------- the Trainer, subclasses
 def test_the_trainer_may_be_passed_or_set(tmp_path: Path) -> None:
     trainer, other = (trainer_for(tmp_path, None, max_steps=4) for _ in range(2))
     first, second = PruneRewindCallback(**HALF, trainer=trainer), PruneRewindCallback(**HALF)

@@ -246,9 +246,7 @@ def test_a_quality_that_compares_samples_sees_every_candidate_alone() -> None:
         assert candidate.quality == pytest.approx(float(expected), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "together"), [("regression", False), ("multi-label", False), ("contrastive", False)]
-)
+@pytest.mark.parametrize(("name", "together"), [("regression", False), ("multi-label", False), ("contrastive", False)])
 def test_a_loss_of_the_whole_batch_takes_one_candidate_at_a_time(name: str, together: bool) -> None:
     task = TASKS[name]
     model = task.adapted().eval()
@@ -266,7 +264,9 @@ def test_a_loss_of_the_whole_batch_takes_one_candidate_at_a_time(name: str, toge
 def test_joined_outputs_are_told_from_those_that_depend_on_their_batch() -> None:
     one, two = torch.randn(2, 3), torch.randn(2, 3)
     assert is_joined({"logits": torch.cat([one, two])}, [{"logits": one}, {"logits": two}], 2)
-    assert is_joined((torch.tensor(3.0), torch.cat([one, two])), [(torch.tensor(1.0), one), (torch.tensor(2.0), two)], 2)
+    assert is_joined(
+        (torch.tensor(3.0), torch.cat([one, two])), [(torch.tensor(1.0), one), (torch.tensor(2.0), two)], 2
+    )
     assert not is_joined(torch.cat([one, two + 0.1]), [one, two], 2)
     similarity = [part @ part.T for part in (one, two)]
     both = torch.cat([one, two])
@@ -398,7 +398,62 @@ def test_a_whole_model_that_is_only_injected_is_searched() -> None:
     base = adapted().get_base_model()
     assert prompt_layers(base)
     model = inject_adapter_in_model(
-        E2VPTConfig(num_segments=8, modules_to_save=[]), deepcopy(get_peft_model(deepcopy(base), E2VPTConfig()).unload())
+        E2VPTConfig(num_segments=8, modules_to_save=[]),
+        deepcopy(get_peft_model(deepcopy(base), E2VPTConfig()).unload()),
     )
     scores = score_prompts(model, [Pictures()[:4]])
     assert len(search_pruning(model, scores, [Pictures()[:4]], **SEARCH).candidates) == 4
+
+
+def test_metrics_that_are_gathered_batch_by_batch_are_compared_too(tmp_path: Path) -> None:
+    """`batch_eval_metrics`: the function sees one batch at a time and is told of the last one."""
+    counts: list[int] = []
+    running: list[int] = []
+
+    def compute_metrics(prediction: Any, compute_result: bool) -> dict[str, float]:
+        running.append(len(prediction.predictions))
+        if not compute_result:
+            return {}
+        counts.append(sum(running))
+        running.clear()
+        return {"own": float(counts[-1])}
+
+    callback = PruneRewindCallback(quality="own", **CALLBACK)
+    trainer_for(tmp_path, callback, compute_metrics=compute_metrics, batch_eval_metrics=True, max_steps=4).train()
+    assert counts == [8, 9, 9, 9, 9]
+
+
+def test_labels_of_another_name_are_those_of_the_trainer(tmp_path: Path) -> None:
+    """What `label_names` and `preprocess_logits_for_metrics` make of predictions is what a metric is computed from."""
+
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = adapted()
+
+        def forward(self, pixel_values: Tensor, species: Tensor) -> dict[str, Tensor]:
+            outputs = self.model(pixel_values=pixel_values, labels=species)
+            return {"loss": outputs.loss, "logits": outputs.logits}
+
+    class Species(Pictures):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"pixel_values": self.pixels[index], "species": self.labels[index]}
+
+    shapes: list[tuple[int, ...]] = []
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        shapes.append(prediction.predictions.shape)
+        return {"right": float((prediction.predictions == prediction.label_ids).mean())}
+
+    callback = PruneRewindCallback(quality="right", **CALLBACK)
+    trainer = Trainer(
+        Renamed(),
+        arguments(tmp_path, max_steps=4, label_names=["species"], per_device_eval_batch_size=8),
+        train_dataset=Species(),
+        eval_dataset=Species(9, seed=1),
+        callbacks=[callback],
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    trainer.train()
+    assert shapes == [(8,)] + [(9,)] * 4 and callback.report is not None

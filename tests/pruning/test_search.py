@@ -175,7 +175,9 @@ def test_searching_leaves_no_trace_in_the_model() -> None:
 def test_a_search_that_fails_leaves_no_trace() -> None:
     model, scores = scored("vit")
     model.train()
-    with pytest.raises(ValueError, match="a validation batch holds only pixel_values: let it hold labels, or pass a quality"):
+    with pytest.raises(
+        ValueError, match="a validation batch holds only pixel_values: let it hold labels, or pass a quality"
+    ):
         search_pruning(model, scores, [{"pixel_values": images()[0]["pixel_values"]}])
     assert all(layer.gate_override is None for layer in prompt_layers(model)) and model.training
 
