@@ -202,6 +202,18 @@ def test_adapted_models_that_are_no_peft_model_are_pruned(make: Any, search: boo
     assert prompt_layers(model)
 
 
+@pytest.mark.parametrize("make", [injected, Around], ids=["injected", "own module"])
+def test_they_are_saved_and_resumed_too(make: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    straight = trainer_for(tmp_path, PruneRewindCallback(**HALF), make(), **settings)
+    straight.train()
+    expected = state_of(straight.model)
+    for step in (1, 3):
+        resumed = trainer_for(tmp_path, PruneRewindCallback(**HALF), make(), **settings)
+        resumed.train(f"{tmp_path}/checkpoint-{step}")
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state_of(resumed.model).items())
+
+
 # --------------------------------------------------------------------------------------------- the Trainer, subclasses
 def test_the_trainer_may_be_passed_or_set(tmp_path: Path) -> None:
     trainer, other = (trainer_for(tmp_path, None, max_steps=4) for _ in range(2))
