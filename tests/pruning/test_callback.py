@@ -45,7 +45,7 @@ from tests.support.training import (
     HALF,
     NUM_PROMPTS,
     SETTINGS,
-    Pictures,
+    Images,
     Watch,
     adapted,
     assert_same_bits,
@@ -136,7 +136,7 @@ def test_a_schedule_passed_by_hand_starts_again_as_it_is(tmp_path: Path) -> None
     trainer = Trainer(
         model,
         trainer_for(tmp_path, None, model).args,
-        train_dataset=Pictures(),
+        train_dataset=Images(),
         callbacks=[PruneRewindCallback(**HALF), watch],
         optimizers=(optimizer, scheduler),
     )
@@ -159,7 +159,7 @@ def test_a_schedule_that_cannot_start_again_is_refused(tmp_path: Path) -> None:
     trainer = Trainer(
         model,
         trainer_for(tmp_path, None, model).args,
-        train_dataset=Pictures(),
+        train_dataset=Images(),
         callbacks=[PruneRewindCallback(**HALF)],
         optimizers=(optimizer, scheduler),
     )
@@ -229,8 +229,8 @@ def test_pruned_values_stay_zero_to_the_end_and_survivors_go_on_learning(tmp_pat
 def full_batch(**settings: Any) -> dict[str, Any]:
     """Every step sees all pictures, in float64, so that their order does not matter."""
     return {
-        "train_dataset": Pictures(10, dtype=torch.float64),
-        "eval_dataset": Pictures(9, seed=1, dtype=torch.float64),
+        "train_dataset": Images(10, dtype=torch.float64),
+        "eval_dataset": Images(9, seed=1, dtype=torch.float64),
         "per_device_train_batch_size": 10,
         "logging_steps": 100,
         "warmup_steps": 2,
@@ -249,11 +249,11 @@ def test_a_run_equals_its_phases_done_by_hand(name: str, search: bool, tmp_path:
     by_hand = adapted(name, **settings)
     start = trained_tensors(by_hand)
     trainer_for(tmp_path, None, by_hand, **full_batch(max_steps=9)).train()
-    batch = Pictures(10, dtype=torch.float64)[:]
+    batch = Images(10, dtype=torch.float64)[:]
     scores = score_prompts(by_hand, [batch])
     gates = prune(scores, **HALF)
     if search:
-        gates = search_pruning(by_hand, scores, [Pictures(9, seed=1, dtype=torch.float64)[:]]).gates
+        gates = search_pruning(by_hand, scores, [Images(9, seed=1, dtype=torch.float64)[:]]).gates
     apply_gates(by_hand, gates)
     rewind(by_hand, start)
     trainer_for(tmp_path, None, by_hand, **full_batch(max_steps=11)).train()
@@ -378,7 +378,7 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_validation_set_that_a_checkpoint_cannot_hold_is_asked_for(tmp_path: Path) -> None:
-    own = Pictures(9, seed=5)
+    own = Images(9, seed=5)
     trainer_for(tmp_path, PruneRewindCallback(validation_dataset=own), **SAVING).train()
     resumed = trainer_for(
         tmp_path, PruneRewindCallback(validation_dataset=own), restore_callback_states_from_checkpoint=True, **SAVING
@@ -454,7 +454,7 @@ def test_the_best_model_is_one_of_the_second_part(tmp_path: Path) -> None:
     assert trainer.state.best_global_step == 16
     assert (tmp_path / "checkpoint-16").is_dir()
     other = PeftModel.from_pretrained(build("vit")[0], tmp_path / "checkpoint-16").eval()
-    inputs = {"pixel_values": Pictures(5, seed=3).pixels}
+    inputs = {"pixel_values": Images(5, seed=3).pixels}
     assert torch.equal(predict(model.eval(), inputs), predict(other, inputs))
     assert is_pruned(model)
 
@@ -519,8 +519,8 @@ def test_gradient_accumulation_prunes_the_same(tmp_path: Path) -> None:
             tmp_path,
             callback,
             adapted(dtype=torch.float64, visual_prompt_dropout=0.0),
-            train_dataset=Pictures(20, dtype=torch.float64),
-            eval_dataset=Pictures(9, dtype=torch.float64),
+            train_dataset=Images(20, dtype=torch.float64),
+            eval_dataset=Images(9, dtype=torch.float64),
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulated,
         )
@@ -565,7 +565,7 @@ def test_prompts_are_scored_by_the_loss_that_the_trainer_computes(tmp_path: Path
     torch.testing.assert_close(scores["own"], 1000 * scores["plain"], rtol=1e-4, atol=1e-6)
     expected = score_prompts(
         adapted(),
-        [Pictures()[:]],
+        [Images()[:]],
         loss_fn=lambda model, batch: torch.nn.functional.cross_entropy(
             model(pixel_values=batch["pixel_values"]).logits, batch["labels"], label_smoothing=0.2
         ),
@@ -692,7 +692,7 @@ def test_an_adapter_of_another_name(tmp_path: Path) -> None:
     assert is_pruned(model)
     straight = state_of(model)
     other = PeftModel.from_pretrained(build("vit")[0], tmp_path / "checkpoint-24" / "birds").eval()
-    inputs = {"pixel_values": Pictures(5, seed=3).pixels}
+    inputs = {"pixel_values": Images(5, seed=3).pixels}
     assert torch.equal(predict(other, inputs), predict(model.eval(), inputs))
     for step in (16, 4):
         again = adapted(adapter_name="birds", seed=9)
@@ -789,7 +789,7 @@ def test_the_report_of_a_search_holds_its_candidates(tmp_path: Path) -> None:
 
 
 def test_the_search_reads_the_set_that_was_passed(tmp_path: Path) -> None:
-    class Noted(Pictures):
+    class Noted(Images):
         read = 0
 
         def __getitem__(self, index: int) -> dict[str, Any]:
@@ -799,7 +799,7 @@ def test_the_search_reads_the_set_that_was_passed(tmp_path: Path) -> None:
     own = Noted(9, seed=1)
     with_eval_set, with_own = PruneRewindCallback(), PruneRewindCallback(validation_dataset=own)
     trainer_for(tmp_path, with_eval_set).train()
-    trainer_for(tmp_path, with_own, eval_dataset={"a": Pictures(3), "b": Pictures(4)}).train()
+    trainer_for(tmp_path, with_own, eval_dataset={"a": Images(3), "b": Images(4)}).train()
     assert Noted.read >= 2 * 9  # a batch before the first step too
     assert with_own.report == with_eval_set.report
 
@@ -848,7 +848,7 @@ def test_the_saved_adapter_is_the_trained_model(name: str, tmp_path: Path) -> No
     trainer.train()
     trainer.save_model()
     other = PeftModel.from_pretrained(build(name)[0], tmp_path).eval()
-    inputs = {"pixel_values": Pictures(5, seed=3).pixels}
+    inputs = {"pixel_values": Images(5, seed=3).pixels}
     assert torch.equal(predict(other, inputs), predict(model.eval(), inputs))
     assert str(other.prompt_summary()) == str(model.prompt_summary())
     assert PruningReport.load(tmp_path).token_gates == current_gates(other).token.tolist()
@@ -881,10 +881,10 @@ SEARCH: dict[str, Any] = {"prune_tokens": None, "prune_segments": None}
 
 class Stream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        yield from Pictures()
+        yield from Images()
 
 
-class Unlabelled(Pictures):
+class Unlabelled(Images):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"pixel_values": self.pixels[index]}
 
@@ -915,11 +915,11 @@ class StreamWithLength(Stream):
         ),
         ({}, {"train_dataset": StreamWithLength(), "max_steps": 10}, "got the stream StreamWithLength"),
         (SEARCH, {"eval_dataset": Stream()}, "got the stream Stream: pass another as"),
-        (SEARCH, {"eval_dataset": Pictures(0)}, "compares prunings on an evaluation set, but it is empty: pass eval_"),
+        (SEARCH, {"eval_dataset": Images(0)}, "compares prunings on an evaluation set, but it is empty: pass eval_"),
         (SEARCH, {"eval_dataset": Unlabelled()}, "a validation batch holds only pixel_values: let it hold labels"),
         (
             SEARCH,
-            {"eval_dataset": {"a": Pictures(), "b": Pictures()}},
+            {"eval_dataset": {"a": Images(), "b": Images()}},
             "several evaluation sets, a, b: pass the one to compare prunings on as validation_dataset",
         ),
         ({}, {"callbacks": (PruneRewindCallback(),)}, "more than one PruneRewindCallback: pass one"),
@@ -951,7 +951,7 @@ def test_the_least_budget_that_is_named_can_be_kept(tmp_path: Path) -> None:
 
 def test_a_transform_without_its_column_is_said_before_the_first_step(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    pictures, watch = Pictures(), Watch()
+    pictures, watch = Images(), Watch()
     columns = {"image": pictures.pixels.tolist(), "label": pictures.labels.tolist()}
     data = datasets.Dataset.from_dict(columns).with_transform(
         lambda batch: {"pixel_values": torch.tensor(batch["image"]), "labels": batch["label"]}
@@ -981,12 +981,12 @@ def test_a_frozen_adapter_is_refused_until_it_is_loaded_as_trainable(tmp_path: P
 
 def test_a_missing_evaluation_set_is_said_before_the_first_step(tmp_path: Path) -> None:
     args = trainer_for(tmp_path, None).args
-    trainer = Trainer(adapted(), args, train_dataset=Pictures(), callbacks=[PruneRewindCallback()])
+    trainer = Trainer(adapted(), args, train_dataset=Images(), callbacks=[PruneRewindCallback()])
     with pytest.raises(
         ValueError, match="compares prunings on an evaluation set, but there is none: pass eval_dataset"
     ):
         trainer.train()
-    trainer = Trainer(adapted(), args, train_dataset=Pictures(), callbacks=[PruneRewindCallback(**HALF)])
+    trainer = Trainer(adapted(), args, train_dataset=Images(), callbacks=[PruneRewindCallback(**HALF)])
     trainer.train()
     assert is_pruned(trainer.model)
 
@@ -1048,7 +1048,7 @@ def test_a_run_that_ends_before_it_prunes_says_so(tmp_path: Path, caplog: pytest
 
 def test_datasets_of_hugging_face_work_and_their_streams_are_refused(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    pictures = Pictures()
+    pictures = Images()
     data = datasets.Dataset.from_dict(
         {"pixel_values": pictures.pixels.tolist(), "labels": pictures.labels.tolist(), "name": ["x"] * 21}
     ).with_format("torch")
@@ -1095,5 +1095,5 @@ def test_released_switches_run_through_all_phases(tmp_path: Path) -> None:
     assert is_pruned(base)
     trainer.save_model()
     other = PeftModel.from_pretrained(build("vit")[0], tmp_path).eval()
-    inputs = {"pixel_values": Pictures(5, seed=3).pixels}
+    inputs = {"pixel_values": Images(5, seed=3).pixels}
     assert torch.equal(predict(other, inputs), predict(base.eval(), inputs))

@@ -21,7 +21,7 @@ from peft_e2vpt.tuner.prompt_layers import prompt_layers
 from peft_e2vpt.tuner.summary import summarise
 
 from ..support.models import build
-from ..support.training import HALF, SETTINGS, Pictures, Watch, adapted, arguments, state_of, trainer_for
+from ..support.training import HALF, SETTINGS, Images, Watch, adapted, arguments, state_of, trainer_for
 
 
 SEARCH: dict[str, Any] = {"token_ratios": [0.5], "segment_ratios": [0.5]}
@@ -59,7 +59,7 @@ def with_two_active() -> PeftModel:
     return model
 
 
-class Unlabelled(Pictures):
+class Unlabelled(Images):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"pixel_values": self.pixels[index]}
 
@@ -280,5 +280,5 @@ def test_an_adapter_put_in_place_of_a_deleted_one_is_counted_and_pruned(tmp_path
 def test_the_arguments_of_a_run_are_left_as_they_were(tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=4)
     before = copy.deepcopy(args.to_dict())
-    Trainer(adapted(), args, train_dataset=Pictures(), callbacks=[PruneRewindCallback(**HALF)]).train()
+    Trainer(adapted(), args, train_dataset=Images(), callbacks=[PruneRewindCallback(**HALF)]).train()
     assert args.to_dict() == before and isinstance(args, TrainingArguments)

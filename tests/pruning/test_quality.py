@@ -29,7 +29,7 @@ from peft_e2vpt.pruning.quality import is_joined
 from peft_e2vpt.tuner.prompt_layers import prompt_layers
 
 from ..support.tasks import TASKS, Task
-from ..support.training import Pictures, Watch, adapted, arguments, trainer_for
+from ..support.training import Images, Watch, adapted, arguments, trainer_for
 
 
 SEARCH: dict[str, Any] = {"token_ratios": [0.5], "segment_ratios": [0.5], "min_segments": 1}
@@ -184,7 +184,7 @@ def test_a_loss_computed_outside_the_model_is_what_candidates_are_compared_by(tm
             loss = (outputs.logits.sum(-1) - target).pow(2).mean()
             return (loss, outputs) if return_outputs else loss
 
-    class Targets(Pictures):
+    class Targets(Images):
         def __getitem__(self, index: int) -> dict[str, Any]:
             return {"pixel_values": self.pixels[index], "target": self.labels[index].float()}
 
@@ -203,12 +203,12 @@ def test_a_loss_computed_outside_the_model_is_what_candidates_are_compared_by(tm
 
 def test_a_quality_of_the_model_is_measured_once_for_every_candidate() -> None:
     model = adapted().eval()
-    scores = score_prompts(model, [Pictures()[:4]])
+    scores = score_prompts(model, [Images()[:4]])
     seen: list[float] = []
 
     def measure(given: nn.Module) -> float:
         assert given is model and not model.training
-        seen.append(float(given(pixel_values=Pictures().pixels[:4]).logits.sum()))
+        seen.append(float(given(pixel_values=Images().pixels[:4]).logits.sum()))
         return len(seen)
 
     search = search_pruning(model, scores, (), quality=ModelQuality(measure), **SEARCH)
@@ -218,7 +218,7 @@ def test_a_quality_of_the_model_is_measured_once_for_every_candidate() -> None:
 
 def test_a_quality_that_is_not_a_number_is_never_chosen() -> None:
     model = adapted().eval()
-    scores = score_prompts(model, [Pictures()[:4]])
+    scores = score_prompts(model, [Images()[:4]])
     numbers = iter([0.5, float("nan"), 0.1, float("nan")])
     search = search_pruning(model, scores, (), quality=ModelQuality(lambda model: next(numbers)), **SEARCH)
     assert search.chosen == 0
@@ -235,7 +235,7 @@ def retrieval(outputs: Any, batch: dict[str, Any]) -> Tensor:
 
 def test_a_quality_that_compares_samples_sees_every_candidate_alone() -> None:
     model = adapted().eval()
-    batch = Pictures()[:4]
+    batch = Images()[:4]
     scores = score_prompts(model, [batch])
     search = search_pruning(model, scores, [batch], quality=retrieval, **SEARCH)
     for candidate in search.candidates:
@@ -275,7 +275,7 @@ def test_joined_outputs_are_told_from_those_that_depend_on_their_batch() -> None
 
 
 def test_outputs_in_a_tuple_have_their_loss_first() -> None:
-    model, batch = adapted().eval(), Pictures()[:4]
+    model, batch = adapted().eval(), Images()[:4]
     expected = score_prompts(model, [batch])
     bare = {**batch, "return_dict": False}
     assert isinstance(model(**bare), tuple)
@@ -299,7 +299,7 @@ class Plain(nn.Module):
 
 def test_a_plain_dictionary_with_a_loss_can_be_scored_and_searched() -> None:
     model = adapted().eval()
-    batch = Pictures()[:4]
+    batch = Images()[:4]
     scores, expected = score_prompts(Plain(model), [batch]), score_prompts(model, [batch])
     assert torch.equal(scores.token, expected.token)
     found = search_pruning(Plain(model), scores, [batch], **SEARCH)
@@ -324,7 +324,7 @@ class Mixed:
 def test_the_evaluation_set_is_not_mixed_as_the_training_set_is(tmp_path: Path) -> None:
     class Own(Trainer):
         def get_train_dataloader(self) -> DataLoader[Any]:
-            return DataLoader(Pictures(21), 4, shuffle=True, collate_fn=Mixed(), drop_last=True)
+            return DataLoader(Images(21), 4, shuffle=True, collate_fn=Mixed(), drop_last=True)
 
         def compute_loss(
             self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -336,7 +336,7 @@ def test_the_evaluation_set_is_not_mixed_as_the_training_set_is(tmp_path: Path) 
 
     expected, callback = PruneRewindCallback(**CALLBACK), PruneRewindCallback(**CALLBACK)
     args: dict[str, Any] = {"max_steps": 4, "dataloader_drop_last": True, "learning_rate": 0.0}
-    trainer_for(tmp_path, expected, train_dataset=Pictures(20), **args).train()
+    trainer_for(tmp_path, expected, train_dataset=Images(20), **args).train()
     trainer_for(tmp_path, callback, trainer_class=Own, **args).train()
     assert Mixed.calls and callback.report is not None and expected.report is not None
     assert callback.report.num_scored_samples == 20  # the last one is odd
@@ -347,10 +347,10 @@ class OwnLoaders(Trainer):
     """Reads batches from dataloaders of its own, without datasets."""
 
     def get_train_dataloader(self) -> Any:
-        return DataLoader(Pictures(), 4, shuffle=True)
+        return DataLoader(Images(), 4, shuffle=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        return DataLoader(Pictures(9, seed=1), 8)
+        return DataLoader(Images(9, seed=1), 8)
 
 
 def test_a_trainer_with_dataloaders_of_its_own_needs_no_datasets(tmp_path: Path) -> None:
@@ -364,11 +364,11 @@ def test_a_trainer_with_dataloaders_of_its_own_needs_no_datasets(tmp_path: Path)
 
 class NoIndex(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Any:
-        yield from Pictures()
+        yield from Images()
 
 
 @pytest.mark.parametrize(
-    ("settings", "samples"), [({"score_dataset": Pictures(6, seed=2)}, 6), ({"max_score_batches": 2}, 8)]
+    ("settings", "samples"), [({"score_dataset": Images(6, seed=2)}, 6), ({"max_score_batches": 2}, 8)]
 )
 def test_a_stream_is_scored_on_another_set_or_so_many_batches(
     settings: dict[str, Any], samples: int, tmp_path: Path
@@ -383,7 +383,7 @@ class Columns(Dataset):  # type: ignore[type-arg]
         return 4
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**Pictures()[index], "name": "not for the model"}
+        return {**Images()[index], "name": "not for the model"}
 
 
 def test_another_set_is_read_without_the_columns_that_the_model_does_not_take(tmp_path: Path) -> None:
@@ -401,8 +401,8 @@ def test_a_whole_model_that_is_only_injected_is_searched() -> None:
         E2VPTConfig(num_segments=8, modules_to_save=[]),
         deepcopy(get_peft_model(deepcopy(base), E2VPTConfig()).unload()),
     )
-    scores = score_prompts(model, [Pictures()[:4]])
-    assert len(search_pruning(model, scores, [Pictures()[:4]], **SEARCH).candidates) == 4
+    scores = score_prompts(model, [Images()[:4]])
+    assert len(search_pruning(model, scores, [Images()[:4]], **SEARCH).candidates) == 4
 
 
 def test_metrics_that_are_gathered_batch_by_batch_are_compared_too(tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ def test_labels_of_another_name_are_those_of_the_trainer(tmp_path: Path) -> None
             outputs = self.model(pixel_values=pixel_values, labels=species)
             return {"loss": outputs.loss, "logits": outputs.logits}
 
-    class Species(Pictures):
+    class Species(Images):
         def __getitem__(self, index: int) -> dict[str, Any]:
             return {"pixel_values": self.pixels[index], "species": self.labels[index]}
 
