@@ -227,7 +227,7 @@ def test_pruned_values_stay_zero_to_the_end_and_survivors_go_on_learning(tmp_pat
 
 
 def full_batch(**settings: Any) -> dict[str, Any]:
-    """Every step sees all pictures, in float64, so that their order does not matter."""
+    """Every step sees all images, in float64, so that their order does not matter."""
     return {
         "train_dataset": Images(10, dtype=torch.float64),
         "eval_dataset": Images(9, seed=1, dtype=torch.float64),
@@ -800,7 +800,7 @@ def test_the_search_reads_the_set_that_was_passed(tmp_path: Path) -> None:
     with_eval_set, with_own = PruneRewindCallback(), PruneRewindCallback(validation_dataset=own)
     trainer_for(tmp_path, with_eval_set).train()
     trainer_for(tmp_path, with_own, eval_dataset={"a": Images(3), "b": Images(4)}).train()
-    assert Noted.read >= 2 * 9  # a batch before the first step too
+    assert Noted.read == 8 + 9  # a batch before the first step, and then all
     assert with_own.report == with_eval_set.report
 
 
