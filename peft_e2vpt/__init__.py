@@ -15,6 +15,7 @@ from .hub.pipelines import pipeline
 from .hub.upload import push_to_hub
 from .pruning.callback import PruneRewindCallback
 from .pruning.importance import ImportanceScores, score_prompts
+from .pruning.quality import ModelQuality
 from .pruning.ranking import Gates, apply_gates, prune, prune_to_budget
 from .pruning.report import PruningReport
 from .pruning.rewinding import redraw, rewind, trained_tensors
@@ -39,6 +40,7 @@ __all__ = [
     "E2VPTModel",
     "Gates",
     "ImportanceScores",
+    "ModelQuality",
     "PromptAttention",
     "PromptSummary",
     "PruneRewindCallback",

@@ -129,4 +129,11 @@ def _inputs_of(batch: Any, device: torch.device) -> dict[str, Any]:
 
 
 def _size(inputs: dict[str, Any]) -> int:
-    return next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
+    """How many samples a batch holds: as many as labels, where it has them; images may come packed as patches."""
+    labels = inputs.get("labels")
+    for value in (labels, *inputs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return value.size(0)
+        if value is labels and isinstance(value, (list, tuple)):
+            return len(value)
+    raise ValueError(f"A batch of {', '.join(inputs)} holds no tensor with an entry per sample.")

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from .evaluation import batches, no_trace
 from .hub.companion import are_generic
-from .pruning.search import default_quality
+from .pruning.quality import accuracy as correct
 
 
 class Images(NamedTuple):
@@ -91,7 +91,7 @@ def accuracy(model: nn.Module, dataloader: DataLoader[Any]) -> float:
     right, count = 0.0, 0
     with no_trace(model, dataloader), torch.no_grad():
         for batch in batches(dataloader, device, "Evaluating"):
-            right += float(default_quality(model(**batch.inputs), batch.inputs).sum())
+            right += float(correct(model(**batch.inputs), batch.inputs).sum())
             count += batch.size
     return right / count
 

@@ -3,6 +3,7 @@
 
 from .callback import PruneRewindCallback
 from .importance import ImportanceScores, score_prompts
+from .quality import BatchQuality, ModelQuality, Quality
 from .ranking import (
     Gates,
     apply_gates,
@@ -19,11 +20,14 @@ from .search import PruningSearch, search_pruning
 
 
 __all__ = [
+    "BatchQuality",
     "Gates",
     "ImportanceScores",
+    "ModelQuality",
     "PruneRewindCallback",
     "PruningReport",
     "PruningSearch",
+    "Quality",
     "apply_gates",
     "check_ratio",
     "current_gates",

@@ -17,6 +17,7 @@ from ..tuner.config import E2VPTConfig
 from ..tuner.gates import GateOverride
 from ..tuner.layer import E2VPTLayer
 from ..tuner.prompt_layers import active_prompt_layers, gates_on
+from .quality import loss_of
 
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], Tensor]
@@ -58,7 +59,7 @@ def _labelled(batch: dict[str, Any], num_samples: int) -> int:
 
 def _total_loss(model: nn.Module, batch: dict[str, Any], loss_fn: LossFunction | None, num_counted: int) -> Tensor:
     """The loss summed over the samples of a batch."""
-    loss: Any = loss_fn(model, batch) if loss_fn is not None else getattr(model(**batch), "loss", None)
+    loss: Any = loss_fn(model, batch) if loss_fn is not None else loss_of(model(**batch))
     if loss is None:
         raise ValueError(
             f"{type(model).__name__} returned no loss for a batch of {', '.join(batch)}: let the batches hold labels, "
@@ -111,12 +112,18 @@ def score_prompts(
     their gradients, modes and random number generators stay as they are. Run by several processes, each on its share
     of the data, all get the scores of the whole; where the model is sharded, each needs a batch at least.
 
+    Example:
+
+        >>> scores = score_prompts(model, train_loader, max_batches=50)
+        >>> scores.token  # (layers, prompts)
+        >>> apply_gates(model, prune(scores, prune_tokens=0.5))
+
     Args:
         model: a PEFT model with E2VPT, also wrapped in DDP or compiled.
         dataloader: batches as the model takes them, with labels; moved to the model's device.
         adapter_name: which adapter, by default the active one.
         loss_fn: a function of the model and a batch that returns the mean loss of the samples, or one loss per sample
-            (B,). By default `model(**batch).loss`, the mean over the samples.
+            (B,). By default the loss that the model returns: by name, or first in a tuple.
         max_batches: how many batches to use, by default all.
         signed: the released code's score, the mean of the signed gradients of batch means, instead of the paper's.
         seed: makes random augmentations of the data repeatable.

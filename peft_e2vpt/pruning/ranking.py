@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -60,24 +62,68 @@ def check_ratio(ratio: float) -> None:
         raise ValueError(f"A pruning ratio lies between 0 and 1, got {ratio}; pass a whole number to prune so many.")
 
 
-def number_to_prune(count: int, amount: float | int, minimum: int) -> int:
+def check_amount(name: str, amount: object) -> float | int:
+    """Checks an amount of things to prune, before it is known how many there are.
+
+    Args:
+        name: the argument, for the message.
+        amount: a ratio (a float) or a number (an int), also those of NumPy.
+
+    Returns:
+        The amount as Python's own float or int.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: a ratio outside 0 to 1, or a number below 0.
+    """
+    if isinstance(amount, bool) or not isinstance(amount, Real):
+        raise TypeError(
+            f"{name} is a ratio such as 0.5 (a float from 0 to 1) or how many to prune (an int), got {amount!r}."
+        )
+    if isinstance(amount, Integral):
+        if amount < 0:
+            raise ValueError(f"{name} is how many to prune, 0 or more, got {amount}.")
+        return int(amount)
+    check_ratio(float(amount))
+    return float(amount)
+
+
+def number_to_prune(count: int, amount: float | int, minimum: int, what: str = "prompts") -> int:
     """How many of `count` things to prune so that `minimum` of them stay.
 
     Args:
         count: how many there are.
         amount: a ratio (float, rounded down as in the released code) or a number (int).
         minimum: how many stay at least; all stay where `count` is not above it.
+        what: what they are, for the message.
 
     Raises:
+        TypeError: the amount is neither.
         ValueError: a ratio outside 0 to 1, or a number that leaves fewer than `minimum`.
     """
-    most = max(count - minimum, 0)
+    amount, most = check_amount(f"The amount of {what} to prune", amount), max(count - minimum, 0)
     if isinstance(amount, int):
-        if not 0 <= amount <= most:
-            raise ValueError(f"Of {count}, 0 to {most} can be pruned so that {minimum} stay, got {amount}.")
+        if amount > most:
+            raise ValueError(
+                f"Cannot prune {amount} of {count} {what}: at least {minimum} must remain. Prune at most {most}, or "
+                "pass a ratio: 0.5 prunes half of them."
+            )
         return amount
-    check_ratio(amount)
     return min(math.floor(amount * count + 1e-9), most)
+
+
+def renamed(old: str, given: float | int | None, new: str, value: float | int | None) -> float | int | None:
+    """The value of an argument that has a new name; the old one is accepted for one release.
+
+    Raises:
+        TypeError: both were passed.
+    """
+    if given is None:
+        return value
+    if value is not None:
+        raise TypeError(f"{old} is the former name of {new}: pass {new} alone.")
+    warnings.warn(f"{old} is now called {new}, since it says what to prune.", DeprecationWarning, stacklevel=3)
+    return given
 
 
 def _keep_highest(scores: Tensor, num_pruned: int) -> Tensor:
@@ -88,26 +134,40 @@ def _keep_highest(scores: Tensor, num_pruned: int) -> Tensor:
 
 def prune(
     scores: ImportanceScores,
-    tokens: float | int = 0.0,
-    segments: float | int = 0.0,
+    prune_tokens: float | int | None = None,
+    prune_segments: float | int | None = None,
     *,
     min_tokens: int = MIN_TOKENS,
     min_segments: int = MIN_SEGMENTS,
+    tokens: float | int | None = None,
+    segments: float | int | None = None,
 ) -> Gates:
     """Prunes the prompts with the lowest scores in each layer, then the segments with the lowest in each survivor.
 
+    Example:
+
+        >>> scores = score_prompts(model, train_loader)
+        >>> gates = prune(scores, prune_tokens=0.5, prune_segments=2)  # half of the prompts, 2 segments of the rest
+        >>> apply_gates(model, gates)
+
     Args:
         scores: importance of prompts and segments.
-        tokens: the ratio (float) or number (int) of prompts to prune in every layer.
-        segments: the same for the segments of every prompt that stays.
+        prune_tokens: the ratio (float) or number (int) of prompts to prune in every layer, by default none.
+        prune_segments: the same for the segments of every prompt that stays.
         min_tokens: prompts that stay in every layer at least.
         min_segments: segments that stay in every prompt at least.
+        tokens: deprecated, the former name of `prune_tokens`.
+        segments: deprecated, the former name of `prune_segments`.
 
     Raises:
+        TypeError: an amount is neither a ratio nor a number.
         ValueError: an amount is impossible; see `number_to_prune`.
     """
-    token = _keep_highest(scores.token, number_to_prune(scores.token.shape[-1], tokens, min_tokens))
-    segment = _keep_highest(scores.segment, number_to_prune(scores.segment.shape[-1], segments, min_segments))
+    token_amount = renamed("tokens", tokens, "prune_tokens", prune_tokens) or 0.0
+    segment_amount = renamed("segments", segments, "prune_segments", prune_segments) or 0.0
+    num_tokens, num_segments = scores.segment.shape[-2:]
+    token = _keep_highest(scores.token, number_to_prune(num_tokens, token_amount, min_tokens))
+    segment = _keep_highest(scores.segment, number_to_prune(num_segments, segment_amount, min_segments, "segments"))
     return Gates(token, segment * token[..., None])
 
 

@@ -3,42 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from transformers.utils import logging
 
-from ..distributed import is_sharded, sum_over_processes
-from ..evaluation import batches, no_trace
-from ..tuner.gates import GateOverride
-from ..tuner.prompt_layers import active_prompt_layers, gates_on
+from ..distributed import is_distributed, is_sharded, sum_over_processes
+from ..evaluation import Batch, batches, no_trace
+from ..tuner.prompt_layers import gates_on
+from .candidates import Candidate, CandidateTrial
 from .importance import ImportanceScores
-from .ranking import MIN_SEGMENTS, MIN_TOKENS, Gates, prune
+from .quality import BatchQuality, ModelQuality, Quality, is_joined
+from .ranking import MIN_SEGMENTS, MIN_TOKENS, Gates
 
+
+logger = logging.get_logger(__name__)
 
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-Quality = Callable[[Any, dict[str, Any]], Tensor]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to prune and what it gives on validation data.
-
-    Attributes:
-        token_ratio: ratio of prompts pruned in every layer.
-        segment_ratio: ratio of segments pruned in every prompt that stays.
-        num_values: values of visual prompts that stay.
-        quality: mean over the validation samples, the higher the better.
-    """
-
-    token_ratio: float
-    segment_ratio: float
-    num_values: int
-    quality: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -65,57 +53,101 @@ class PruningSearch:
         return "\n".join(lines)
 
 
-def labels_of(batch: Mapping[str, Any]) -> Tensor:
-    """The labels of a validation batch.
+def _repeated(inputs: dict[str, Any], times: int, size: int) -> dict[str, Any]:
+    """A batch several times over, one below the other; what is not one entry per sample stays as it is."""
 
-    Raises:
-        ValueError: it has none.
-    """
-    if "labels" not in batch:
+    def repeat(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.cat([value] * times) if value.dim() else value
+        return value * times if isinstance(value, (list, tuple)) and len(value) == size else value
+
+    return inputs if times == 1 else {name: repeat(value) for name, value in inputs.items()}
+
+
+def _measure(
+    trial: CandidateTrial, model: nn.Module, batch: Batch, chosen: Sequence[int], quality: BatchQuality
+) -> tuple[Tensor, Any]:
+    """Measures candidates on one batch together: numbers (candidates, B), or () where the batch has only one."""
+    count = len(chosen)
+    with trial.applied(chosen, batch.size):
+        values, outputs = quality(model, _repeated(batch.inputs, count, batch.size))
+    if values.dim() == 0 and count == 1:
+        return values, outputs
+    if values.shape != (count * batch.size,):
         raise ValueError(
-            f"Prunings are compared by their accuracy, but a validation batch holds only {', '.join(batch)}: let it "
-            "hold labels, or call search_pruning with a quality(outputs, batch) that needs none."
+            f"quality returns one number per sample, ({count * batch.size},), or one for the batch, got shape "
+            f"{tuple(values.shape)}."
         )
-    labels: Tensor = batch["labels"]
-    return labels
+    return values.view(count, batch.size), outputs
 
 
-def default_quality(outputs: Any, batch: dict[str, Any]) -> Tensor:
-    """Per sample (B,): whether the label is right, or for soft and multiple labels minus the binary cross entropy."""
-    labels, logits = labels_of(batch), outputs["logits"].float()
-    if labels.is_floating_point():
-        return -F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").flatten(1).mean(1)
-    correct: Tensor = logits.argmax(-1) == labels
-    return correct.float()
+def _may_share(trial: CandidateTrial, model: nn.Module, batch: Batch, quality: BatchQuality, max_rows: int) -> bool:
+    """Whether candidates may share a forward pass: whether samples of a batch leave each other alone.
+
+    Tried on one batch: what two candidates give alone has to be what they give together, with a copy of the first
+    beside them if there is room.
+    """
+    order = [0, 0, 1] if max_rows >= 3 * batch.largest else [0, 1]
+    pair = 0, next(iter(trial.runs(len(trial))))[-1]
+    alone, outputs = [], []
+    for candidate in pair:
+        values, output = _measure(trial, model, batch, [candidate], quality)
+        if values.dim() == 0:
+            return False
+        alone.append(values[0])
+        outputs.append(output)
+    try:
+        together, joined = _measure(trial, model, batch, [pair[i] for i in order], quality)
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        if should_reduce_batch_size(error):
+            raise
+        logger.info(f"Pruning candidates are tried one at a time, since a batch cannot hold copies of itself: {error}")
+        return False
+    same = is_joined(together.flatten(), [alone[i] for i in order], batch.size) and is_joined(
+        joined, [outputs[i] for i in order], batch.size
+    )
+    if not same:
+        logger.info("Pruning candidates are tried one at a time, since samples of a batch depend on each other.")
+    return same
 
 
-def _distinct_candidates(
-    scores: ImportanceScores,
-    token_ratios: Sequence[float],
-    segment_ratios: Sequence[float],
-    widths: Sequence[int],
-    bounds: dict[str, int],
-) -> tuple[list[Candidate], list[Gates]]:
-    candidates: list[Candidate] = []
-    gates: list[Gates] = []
-    for token_ratio in sorted(set(token_ratios) | {0.0}):
-        for segment_ratio in sorted(set(segment_ratios) | {0.0}):
-            new = prune(scores, token_ratio, segment_ratio, **bounds)
-            if not any(torch.equal(new.segment, old.segment) for old in gates):
-                candidates.append(Candidate(token_ratio, segment_ratio, new.num_values(widths)))
-                gates.append(new)
-    return candidates, gates
+def _measure_in_batches(
+    trial: CandidateTrial, model: nn.Module, dataloader: Iterable[Any], quality: BatchQuality, max_rows: int
+) -> list[float]:
+    """The mean quality of every candidate over the batches of all processes."""
+    totals = torch.zeros(len(trial) + 1, dtype=torch.float64)  # the last one counts samples
+    sharded = is_sharded(model)
+    stream = batches(dataloader, trial.device, "Comparing pruning candidates", in_step=sharded)
+    first = next(stream, None)
+    shares = False
+    if first is not None:
+        has_room = max_rows >= 2 * first.largest and len(trial) > 1
+        shares = has_room and _may_share(trial, model, first, quality, max_rows)
+        if sharded and is_distributed():  # all processes make the same forward passes
+            shares = not sum_over_processes(torch.tensor([float(not shares)]), trial.device).item()
+    for batch in chain([first] if first is not None else [], stream):
+        longest = max(max_rows // batch.largest, 1) if shares else 1
+        for run in trial.runs(longest):
+            values, _ = _measure(trial, model, batch, run, quality)
+            if batch.counts:
+                summed = values.sum(-1) if values.dim() else values * batch.size
+                totals[run.start : run.stop] += summed.cpu()
+        totals[-1] += batch.size if batch.counts else 0
+    totals = sum_over_processes(totals, trial.device)
+    if not totals[-1]:
+        raise ValueError("The dataloader gave no validation sample to compare prunings with.")
+    means: list[float] = (totals[:-1] / totals[-1]).tolist()
+    return means
 
 
-def _runs(token: Tensor, longest: int, alike: bool) -> Iterator[tuple[int, int]]:
-    """Cuts candidates, given their token gates, into runs that share a batch; `alike` ones prune the same prompts."""
-    start = 0
-    while start < len(token):
-        stop = start + 1
-        while stop < min(start + longest, len(token)) and not (alike and not torch.equal(token[start], token[stop])):
-            stop += 1
-        yield start, stop
-        start = stop
+def _choose(trial: CandidateTrial, qualities: Sequence[float]) -> PruningSearch:
+    """The best candidate, of equal ones the most pruned; one whose quality is not a number is never chosen."""
+    candidates = [replace(c, quality=q) for c, q in zip(trial.candidates, qualities, strict=True)]
+    numbers = [i for i, candidate in enumerate(candidates) if not math.isnan(candidate.quality)]
+    if not numbers:
+        logger.warning("The quality of every pruning candidate is not a number (NaN), so nothing is pruned.")
+    chosen = max(numbers, key=lambda i: (candidates[i].quality, -candidates[i].num_values), default=0)
+    return PruningSearch(candidates, chosen, trial.gates[chosen])
 
 
 @torch.no_grad()
@@ -128,16 +160,24 @@ def search_pruning(
     segment_ratios: Sequence[float] = RATIOS,
     min_tokens: int = MIN_TOKENS,
     min_segments: int = MIN_SEGMENTS,
-    quality: Quality = default_quality,
+    quality: Quality | BatchQuality | ModelQuality | None = None,
     max_rows: int = 64,
     adapter_name: str | None = None,
     seed: int | None = None,
 ) -> PruningSearch:
     """Tries every token ratio with every segment ratio (0 included) on validation data and chooses the best.
 
-    Only forward passes, without training in between: several candidates share one batch, in which every sample has
-    the gates of its candidate. Leaves the model as it was. Run by several processes, each on its share of the data,
-    all get the same result.
+    Only forward passes, without training in between. Where the samples of a batch leave each other alone, several
+    candidates share one, in which every sample has the gates of its candidate; whether they do is tried on the first
+    batch. Leaves the model as it was. Run by several processes, each on its share of the data, all get the same
+    result.
+
+    Example:
+
+        >>> scores = score_prompts(model, train_loader)
+        >>> search = search_pruning(model, scores, validation_loader)
+        >>> print(search)
+        >>> apply_gates(model, search.gates)
 
     Args:
         model: a trained PEFT model with E2VPT.
@@ -147,66 +187,28 @@ def search_pruning(
         segment_ratios: ratios of segments to prune in every prompt that stays.
         min_tokens: prompts that stay in every layer at least.
         min_segments: segments that stay in every prompt at least.
-        quality: a function of the model's output and the batch that returns one number per sample (B,), the higher
-            the better; by default whether the label is right.
+        quality: a function of the model's output and the batch that returns one number per sample (B,) or one for the
+            batch, the higher the better. A `ModelQuality` measures the model as a whole instead and leaves the
+            dataloader alone. By default accuracy where every sample has a single label, else minus the loss.
         max_rows: samples times candidates in one forward pass.
         adapter_name: which adapter, by default the active one.
         seed: makes random augmentations of the data repeatable.
 
     Raises:
         ValueError: the scores do not fit the model, the dataloader is empty (of a sharded model, in one process), or
-            its batches have no labels.
+            its batches have neither labels nor loss.
         TypeError: a batch is not a dictionary.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
-    adapter_name, layers = active_prompt_layers(model, adapter_name)
-    if len(scores.token) not in (1, len(layers)):
-        raise ValueError(f"The model has {len(layers)} prompted layers, but the scores are for {len(scores.token)}.")
-    config = layers[0].e2vpt_config[adapter_name]
-    removes = config.pruned_prompts == "remove"
-    leave_sequence = removes and config.visual_prompt_mode == "shallow"  # for all samples of a batch or for none
-    on = "attention" if removes and not leave_sequence else "embedding"
-    device = layers[0].e2vpt_token_gates[adapter_name].device
-    widths = [layer.site.width for layer in layers]
     bounds = {"min_tokens": min_tokens, "min_segments": min_segments}
-    candidates, gates = _distinct_candidates(scores, token_ratios, segment_ratios, widths, bounds)
-    # of every layer, also where all have the same: (candidates, layers, M) and (candidates, layers, M, R)
-    token = torch.stack([g.token for g in gates]).float().to(device).expand(-1, len(layers), -1)
-    segment = torch.stack([g.segment for g in gates]).float().to(device).expand(-1, len(layers), -1, -1)
-    totals = torch.zeros(len(candidates) + 1, dtype=torch.float64)  # the last one counts samples
-    with no_trace(model, dataloader, seed), gates_on(on, layers):
-        try:
-            for batch in batches(dataloader, device, "Comparing prunings", in_step=is_sharded(model)):
-                size, group = batch.size, max(max_rows // batch.largest, 1)
-                for start, stop in _runs(token, group, alike=leave_sequence):
-                    copies = {
-                        name: torch.cat([value] * (stop - start)) if isinstance(value, Tensor) else value
-                        for name, value in batch.inputs.items()
-                    }
-                    if leave_sequence:
-                        layers[0].e2vpt_kept_tokens[adapter_name] = token[start, 0].nonzero().flatten()
-                    for i, layer in enumerate(layers):
-                        layer.gate_override = GateOverride(
-                            token[start:stop, i].repeat_interleave(size, dim=0),
-                            segment[start:stop, i].repeat_interleave(size, dim=0),
-                            on,
-                        )
-                    measured = quality(model(**copies), copies)
-                    if measured.numel() != (stop - start) * size:
-                        raise ValueError(
-                            f"quality returns one number per sample, ({(stop - start) * size},), got shape "
-                            f"{tuple(measured.shape)}."
-                        )
-                    if batch.counts:
-                        totals[start:stop] += measured.view(stop - start, size).sum(1).cpu()
-                totals[-1] += size if batch.counts else 0
-        finally:
-            for layer in layers:
-                layer.gate_override = None
-                layer.refresh_gates()
-    totals = sum_over_processes(totals, device)
-    if not totals[-1]:
-        raise ValueError("The dataloader gave no validation sample to compare prunings with.")
-    candidates = [replace(c, quality=float(q)) for c, q in zip(candidates, totals[:-1] / totals[-1], strict=True)]
-    chosen = max(range(len(candidates)), key=lambda i: (candidates[i].quality, -candidates[i].num_values))
-    return PruningSearch(candidates, chosen, gates[chosen])
+    trial = CandidateTrial(model, scores, token_ratios, segment_ratios, bounds, adapter_name)
+    if isinstance(quality, ModelQuality):
+        found = []
+        for i in range(len(trial)):
+            with no_trace(model, dataloader, seed), gates_on(trial.on, trial.layers), trial.applied([i], 1):
+                found.append(quality(model))
+        return _choose(trial, found)
+    if not isinstance(quality, BatchQuality):
+        quality = BatchQuality(quality)
+    with no_trace(model, dataloader, seed), gates_on(trial.on, trial.layers):
+        return _choose(trial, _measure_in_batches(trial, model, dataloader, quality, max_rows))

@@ -150,7 +150,8 @@ class E2VPTModel(BaseTuner):
         Raises:
             ValueError: the adapter does not exist.
         """
-        adapter_name = adapter_name or self.active_adapters[0]
+        # none is active where the last active one was deleted
+        adapter_name = adapter_name or next(iter((*self.active_adapters, *self.peft_config)))
         self._check_names([adapter_name])
         return summarise(self.model, adapter_name)
 

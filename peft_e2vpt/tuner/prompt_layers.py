@@ -134,8 +134,9 @@ def visual_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> t
         raise ValueError(
             f"{type(model).__name__} has no E2VPT adapter: wrap it with get_peft_model(model, E2VPTConfig()) first."
         )
-    adapter_name = adapter_name or layers[0].active_adapters[0]
     present = dict.fromkeys(name for layer in layers for name in layer.e2vpt_config)
+    # none is active where the last active one was deleted
+    adapter_name = adapter_name or next(iter((*layers[0].active_adapters, *present)))
     if adapter_name not in present:
         raise ValueError(f"Adapter {adapter_name} does not exist; the model has {', '.join(present)}.")
     prompted = [layer for layer in layers if adapter_name in layer.e2vpt_visual_prompts]
@@ -154,6 +155,12 @@ def active_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> t
         ValueError: as there, or the adapter is switched off, or others are active too.
     """
     adapter_name, layers = visual_prompt_layers(model, adapter_name)
+    active = layers[0].active_adapters
+    if len(active) > 1 and not layers[0].disable_adapters:
+        raise ValueError(
+            f"Several adapters are active ({', '.join(active)}), and prompts are scored and pruned of one alone: call "
+            f"model.set_adapter({adapter_name!r}) first."
+        )
     if layers[0].disable_adapters or layers[0].active_adapters != [adapter_name]:
         raise ValueError(
             f"The adapter {adapter_name!r} is not the active one: call model.set_adapter({adapter_name!r}) first."

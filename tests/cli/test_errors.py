@@ -27,7 +27,7 @@ from tests.support.command_line import fail
         (["prune", "adapter", "--data", "base", "--output", "new"], "The dataset base has no Image column"),
         (["prune", "adapter", "--data", "empty", "--output", "new"], "The images empty cannot be loaded"),
         (["prune", "adapter", "--data", "images", "--output", "adapter"], "There is an adapter in adapter already"),
-        (["prune", "adapter", "--data", "images", "--output", "new", "--tokens", "9"], "Of 4, 0 to 3 can be pruned"),
+        (["prune", "adapter", "--data", "images", "--output", "new", "--tokens", "9"], "Cannot prune 9 of 4 prompts"),
         (["prune", "adapter", "--data", "images", "--output", "new", "--tokens", "x"], "is neither a ratio"),
         (["prune", "adapter", "--data", "others", "--output", "new"], "classes that the adapter does not know: cat"),
         (

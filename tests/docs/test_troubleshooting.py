@@ -292,12 +292,17 @@ def budget() -> None:
 
 @under("A ratio is larger than 1")
 def ratio() -> None:
-    PruneRewindCallback(tokens=20.0)
+    PruneRewindCallback(prune_tokens=20.0)
+
+
+@under("An amount to prune is neither a ratio nor a number")
+def amount() -> None:
+    PruneRewindCallback(prune_tokens="half")
 
 
 @under("Too many prompts are to be pruned")
 def too_many() -> None:
-    train(PruneRewindCallback(tokens=4))
+    train(PruneRewindCallback(prune_tokens=50))
 
 
 @under("The model has no adapter")
@@ -308,6 +313,16 @@ def no_adapter() -> None:
 @under("The adapter has no visual prompts")
 def no_visual_prompts() -> None:
     train(PruneRewindCallback(**HALF), adapted(num_visual_prompts=0))
+
+
+@under("A phase of pruning fails on its first batch")
+def failing_quality() -> None:
+    train(PruneRewindCallback(quality=lambda outputs, batch: batch["masks"]))
+
+
+@under("The metric to compare prunings by is missing")
+def missing_metric() -> None:
+    train(PruneRewindCallback(quality="mean_iou"))
 
 
 @under("The callback was passed twice")

@@ -219,7 +219,7 @@ def test_a_history_without_evaluations_has_no_panel_for_them() -> None:
 
 
 def test_a_run_of_the_trainer_is_drawn_from_what_it_saves(tmp_path: Path) -> None:
-    callback = PruneRewindCallback(tokens=0.5, segments=0.25)
+    callback = PruneRewindCallback(prune_tokens=0.5, prune_segments=0.25)
     trainer = trainer_for(tmp_path, callback, num_train_epochs=2, eval_strategy="epoch")
     trainer.train()
     trainer.save_state()

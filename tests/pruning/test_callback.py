@@ -45,7 +45,7 @@ from tests.support.training import (
     HALF,
     NUM_PROMPTS,
     SETTINGS,
-    Pictures,
+    Images,
     Watch,
     adapted,
     assert_same_bits,
@@ -136,7 +136,7 @@ def test_a_schedule_passed_by_hand_starts_again_as_it_is(tmp_path: Path) -> None
     trainer = Trainer(
         model,
         trainer_for(tmp_path, None, model).args,
-        train_dataset=Pictures(),
+        train_dataset=Images(),
         callbacks=[PruneRewindCallback(**HALF), watch],
         optimizers=(optimizer, scheduler),
     )
@@ -159,7 +159,7 @@ def test_a_schedule_that_cannot_start_again_is_refused(tmp_path: Path) -> None:
     trainer = Trainer(
         model,
         trainer_for(tmp_path, None, model).args,
-        train_dataset=Pictures(),
+        train_dataset=Images(),
         callbacks=[PruneRewindCallback(**HALF)],
         optimizers=(optimizer, scheduler),
     )
@@ -227,10 +227,10 @@ def test_pruned_values_stay_zero_to_the_end_and_survivors_go_on_learning(tmp_pat
 
 
 def full_batch(**settings: Any) -> dict[str, Any]:
-    """Every step sees all pictures, in float64, so that their order does not matter."""
+    """Every step sees all images, in float64, so that their order does not matter."""
     return {
-        "train_dataset": Pictures(10, dtype=torch.float64),
-        "eval_dataset": Pictures(9, seed=1, dtype=torch.float64),
+        "train_dataset": Images(10, dtype=torch.float64),
+        "eval_dataset": Images(9, seed=1, dtype=torch.float64),
         "per_device_train_batch_size": 10,
         "logging_steps": 100,
         "warmup_steps": 2,
@@ -249,11 +249,11 @@ def test_a_run_equals_its_phases_done_by_hand(name: str, search: bool, tmp_path:
     by_hand = adapted(name, **settings)
     start = trained_tensors(by_hand)
     trainer_for(tmp_path, None, by_hand, **full_batch(max_steps=9)).train()
-    batch = Pictures(10, dtype=torch.float64)[:]
+    batch = Images(10, dtype=torch.float64)[:]
     scores = score_prompts(by_hand, [batch])
     gates = prune(scores, **HALF)
     if search:
-        gates = search_pruning(by_hand, scores, [Pictures(9, seed=1, dtype=torch.float64)[:]]).gates
+        gates = search_pruning(by_hand, scores, [Images(9, seed=1, dtype=torch.float64)[:]]).gates
     apply_gates(by_hand, gates)
     rewind(by_hand, start)
     trainer_for(tmp_path, None, by_hand, **full_batch(max_steps=11)).train()
@@ -378,7 +378,7 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_validation_set_that_a_checkpoint_cannot_hold_is_asked_for(tmp_path: Path) -> None:
-    own = Pictures(9, seed=5)
+    own = Images(9, seed=5)
     trainer_for(tmp_path, PruneRewindCallback(validation_dataset=own), **SAVING).train()
     resumed = trainer_for(
         tmp_path, PruneRewindCallback(validation_dataset=own), restore_callback_states_from_checkpoint=True, **SAVING
@@ -454,7 +454,7 @@ def test_the_best_model_is_one_of_the_second_part(tmp_path: Path) -> None:
     assert trainer.state.best_global_step == 16
     assert (tmp_path / "checkpoint-16").is_dir()
     other = PeftModel.from_pretrained(build("vit")[0], tmp_path / "checkpoint-16").eval()
-    inputs = {"pixel_values": Pictures(5, seed=3).pixels}
+    inputs = {"pixel_values": Images(5, seed=3).pixels}
     assert torch.equal(predict(model.eval(), inputs), predict(other, inputs))
     assert is_pruned(model)
 
@@ -519,8 +519,8 @@ def test_gradient_accumulation_prunes_the_same(tmp_path: Path) -> None:
             tmp_path,
             callback,
             adapted(dtype=torch.float64, visual_prompt_dropout=0.0),
-            train_dataset=Pictures(20, dtype=torch.float64),
-            eval_dataset=Pictures(9, dtype=torch.float64),
+            train_dataset=Images(20, dtype=torch.float64),
+            eval_dataset=Images(9, dtype=torch.float64),
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulated,
         )
@@ -540,7 +540,7 @@ def test_scoring_leaks_no_gradient_into_the_next_step(tmp_path: Path) -> None:
     for batches in (1, None):
         trainer = trainer_for(
             tmp_path,
-            PruneRewindCallback(tokens=0.0, segments=0.0, rewind_to="none", max_score_batches=batches),
+            PruneRewindCallback(prune_tokens=0.0, prune_segments=0.0, rewind_to="none", max_score_batches=batches),
             max_grad_norm=0.05,
         )
         trainer.train()
@@ -565,7 +565,7 @@ def test_prompts_are_scored_by_the_loss_that_the_trainer_computes(tmp_path: Path
     torch.testing.assert_close(scores["own"], 1000 * scores["plain"], rtol=1e-4, atol=1e-6)
     expected = score_prompts(
         adapted(),
-        [Pictures()[:]],
+        [Images()[:]],
         loss_fn=lambda model, batch: torch.nn.functional.cross_entropy(
             model(pixel_values=batch["pixel_values"]).logits, batch["labels"], label_smoothing=0.2
         ),
@@ -577,7 +577,7 @@ def test_prompts_are_scored_by_the_loss_that_the_trainer_computes(tmp_path: Path
 def test_bfloat16_on_a_cpu(tmp_path: Path) -> None:
     reports = {}
     for bf16 in (False, True):
-        callback = PruneRewindCallback(2, "steps", tokens=0.5)
+        callback = PruneRewindCallback(2, "steps", prune_tokens=0.5)
         trainer = trainer_for(tmp_path, callback, adapted(visual_prompt_dropout=0.0), bf16=bf16)
         trainer.train()
         assert callback.report is not None and is_pruned(trainer.model)
@@ -692,7 +692,7 @@ def test_an_adapter_of_another_name(tmp_path: Path) -> None:
     assert is_pruned(model)
     straight = state_of(model)
     other = PeftModel.from_pretrained(build("vit")[0], tmp_path / "checkpoint-24" / "birds").eval()
-    inputs = {"pixel_values": Pictures(5, seed=3).pixels}
+    inputs = {"pixel_values": Images(5, seed=3).pixels}
     assert torch.equal(predict(other, inputs), predict(model.eval(), inputs))
     for step in (16, 4):
         again = adapted(adapter_name="birds", seed=9)
@@ -713,7 +713,7 @@ def test_the_callback_of_a_finished_run_serves_another(tmp_path: Path) -> None:
 
 def test_training_a_pruned_model_again_keeps_what_was_pruned(tmp_path: Path) -> None:
     watch = Watch()
-    trainer = trainer_for(tmp_path, PruneRewindCallback(tokens=3, segments=4), watch=watch)
+    trainer = trainer_for(tmp_path, PruneRewindCallback(prune_tokens=3, prune_segments=4), watch=watch)
     trainer.train()
     gates, end = current_gates(trainer.model), trained_tensors(trainer.model)
     trainer.train()
@@ -722,7 +722,7 @@ def test_training_a_pruned_model_again_keeps_what_was_pruned(tmp_path: Path) -> 
     trainer.callback_handler.callbacks = [
         c for c in trainer.callback_handler.callbacks if not isinstance(c, PruneRewindCallback)
     ]
-    trainer.add_callback(PruneRewindCallback(tokens=1, segments=1))
+    trainer.add_callback(PruneRewindCallback(prune_tokens=1, prune_segments=1))
     trainer.train()
     assert torch.equal(current_gates(trainer.model).segment, gates.segment)  # fewer: nothing comes back
 
@@ -789,7 +789,7 @@ def test_the_report_of_a_search_holds_its_candidates(tmp_path: Path) -> None:
 
 
 def test_the_search_reads_the_set_that_was_passed(tmp_path: Path) -> None:
-    class Noted(Pictures):
+    class Noted(Images):
         read = 0
 
         def __getitem__(self, index: int) -> dict[str, Any]:
@@ -799,8 +799,8 @@ def test_the_search_reads_the_set_that_was_passed(tmp_path: Path) -> None:
     own = Noted(9, seed=1)
     with_eval_set, with_own = PruneRewindCallback(), PruneRewindCallback(validation_dataset=own)
     trainer_for(tmp_path, with_eval_set).train()
-    trainer_for(tmp_path, with_own, eval_dataset={"a": Pictures(3), "b": Pictures(4)}).train()
-    assert Noted.read == 1 + 9  # one sample before the first step, to see whether it has a label
+    trainer_for(tmp_path, with_own, eval_dataset={"a": Images(3), "b": Images(4)}).train()
+    assert Noted.read == 8 + 9  # a batch before the first step, and then all
     assert with_own.report == with_eval_set.report
 
 
@@ -848,7 +848,7 @@ def test_the_saved_adapter_is_the_trained_model(name: str, tmp_path: Path) -> No
     trainer.train()
     trainer.save_model()
     other = PeftModel.from_pretrained(build(name)[0], tmp_path).eval()
-    inputs = {"pixel_values": Pictures(5, seed=3).pixels}
+    inputs = {"pixel_values": Images(5, seed=3).pixels}
     assert torch.equal(predict(other, inputs), predict(model.eval(), inputs))
     assert str(other.prompt_summary()) == str(model.prompt_summary())
     assert PruningReport.load(tmp_path).token_gates == current_gates(other).token.tolist()
@@ -863,10 +863,10 @@ def test_the_saved_adapter_is_the_trained_model(name: str, tmp_path: Path) -> No
         ({"prune_after": 1.5}, "as a fraction of the run lies between 0 and 1, got 1.5"),
         ({"rewind_to": "early"}, "rewind_to='early' and early_steps go together"),
         ({"early_steps": 3}, "rewind_to='early' and early_steps go together"),
-        ({"max_tuned_percentage": 1.0, "tokens": 0.5}, "either a budget, max_tuned_percentage, or amounts"),
+        ({"max_tuned_percentage": 1.0, "prune_tokens": 0.5}, "either a budget, max_tuned_percentage, or amounts"),
         ({"max_tuned_percentage": 100.0}, "max_tuned_percentage lies between 0 and 100, got 100.0"),
-        ({"tokens": 1.5}, "pruning ratio lies between 0 and 1, got 1.5"),
-        ({"segments": -0.5}, "pruning ratio lies between 0 and 1, got -0.5"),
+        ({"prune_tokens": 1.5}, "pruning ratio lies between 0 and 1, got 1.5"),
+        ({"prune_segments": -0.5}, "pruning ratio lies between 0 and 1, got -0.5"),
         ({"token_ratios": (0.0, 1.5)}, "pruning ratio lies between 0 and 1, got 1.5"),
         ({"segment_ratios": (2,)}, "pruning ratio lies between 0 and 1, got 2"),
     ],
@@ -876,15 +876,15 @@ def test_impossible_arguments_are_refused_at_construction(settings: dict[str, An
         PruneRewindCallback(**settings)
 
 
-SEARCH: dict[str, Any] = {"tokens": None, "segments": None}
+SEARCH: dict[str, Any] = {"prune_tokens": None, "prune_segments": None}
 
 
 class Stream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        yield from Pictures()
+        yield from Images()
 
 
-class Unlabelled(Pictures):
+class Unlabelled(Images):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"pixel_values": self.pixels[index]}
 
@@ -905,8 +905,8 @@ class StreamWithLength(Stream):
         ({"prune_after": 4, "unit": "epochs"}, {}, "24 optimizer steps, and the first part would end after 24"),
         ({}, {"max_steps": 1}, "1 optimizer steps, and the first part would end after 0"),
         ({"rewind_to": "early", "early_steps": 13}, {}, "it has to end after step 13 to 23. Train longer or change"),
-        ({"tokens": 4}, {}, "Of 4, 0 to 3 can be pruned so that 1 stay, got 4"),
-        ({"segments": 5}, {}, "Of 8, 0 to 4 can be pruned so that 4 stay, got 5"),
+        ({"prune_tokens": 4}, {}, "Cannot prune 4 of 4 prompts: at least 1 must remain. Prune at most 3"),
+        ({"prune_segments": 5}, {}, "Cannot prune 5 of 8 segments: at least 4 must remain. Prune at most 4"),
         ({"max_tuned_percentage": 0.01}, {}, "max_tuned_percentage=0.01 is too small: head and key-value prompts"),
         (
             {},
@@ -915,11 +915,11 @@ class StreamWithLength(Stream):
         ),
         ({}, {"train_dataset": StreamWithLength(), "max_steps": 10}, "got the stream StreamWithLength"),
         (SEARCH, {"eval_dataset": Stream()}, "got the stream Stream: pass another as"),
-        (SEARCH, {"eval_dataset": Pictures(0)}, "compares prunings on an evaluation set, but it is empty: pass eval_"),
+        (SEARCH, {"eval_dataset": Images(0)}, "compares prunings on an evaluation set, but it is empty: pass eval_"),
         (SEARCH, {"eval_dataset": Unlabelled()}, "a validation batch holds only pixel_values: let it hold labels"),
         (
             SEARCH,
-            {"eval_dataset": {"a": Pictures(), "b": Pictures()}},
+            {"eval_dataset": {"a": Images(), "b": Images()}},
             "several evaluation sets, a, b: pass the one to compare prunings on as validation_dataset",
         ),
         ({}, {"callbacks": (PruneRewindCallback(),)}, "more than one PruneRewindCallback: pass one"),
@@ -951,12 +951,12 @@ def test_the_least_budget_that_is_named_can_be_kept(tmp_path: Path) -> None:
 
 def test_a_transform_without_its_column_is_said_before_the_first_step(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    pictures, watch = Pictures(), Watch()
+    pictures, watch = Images(), Watch()
     columns = {"image": pictures.pixels.tolist(), "label": pictures.labels.tolist()}
     data = datasets.Dataset.from_dict(columns).with_transform(
         lambda batch: {"pixel_values": torch.tensor(batch["image"]), "labels": batch["label"]}
     )
-    message = "set failed for want of 'image'.*pass remove_unused_columns=False to TrainingArguments"
+    message = "set failed: missing key 'image'.*pass remove_unused_columns=False to TrainingArguments"
     for callback, settings in (
         (PruneRewindCallback(**HALF), {"train_dataset": data}),
         (PruneRewindCallback(), {"eval_dataset": data}),
@@ -981,12 +981,12 @@ def test_a_frozen_adapter_is_refused_until_it_is_loaded_as_trainable(tmp_path: P
 
 def test_a_missing_evaluation_set_is_said_before_the_first_step(tmp_path: Path) -> None:
     args = trainer_for(tmp_path, None).args
-    trainer = Trainer(adapted(), args, train_dataset=Pictures(), callbacks=[PruneRewindCallback()])
+    trainer = Trainer(adapted(), args, train_dataset=Images(), callbacks=[PruneRewindCallback()])
     with pytest.raises(
         ValueError, match="compares prunings on an evaluation set, but there is none: pass eval_dataset"
     ):
         trainer.train()
-    trainer = Trainer(adapted(), args, train_dataset=Pictures(), callbacks=[PruneRewindCallback(**HALF)])
+    trainer = Trainer(adapted(), args, train_dataset=Images(), callbacks=[PruneRewindCallback(**HALF)])
     trainer.train()
     assert is_pruned(trainer.model)
 
@@ -1048,7 +1048,7 @@ def test_a_run_that_ends_before_it_prunes_says_so(tmp_path: Path, caplog: pytest
 
 def test_datasets_of_hugging_face_work_and_their_streams_are_refused(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    pictures = Pictures()
+    pictures = Images()
     data = datasets.Dataset.from_dict(
         {"pixel_values": pictures.pixels.tolist(), "labels": pictures.labels.tolist(), "name": ["x"] * 21}
     ).with_format("torch")
@@ -1063,7 +1063,7 @@ def test_datasets_of_hugging_face_work_and_their_streams_are_refused(tmp_path: P
 
 def test_windows_and_layers_of_different_width_are_pruned_to_the_end(tmp_path: Path) -> None:
     """Swin: 4 layers of two widths; the numbers of the report are those of the model."""
-    model, callback = adapted("swin"), PruneRewindCallback(tokens=1, segments=4)
+    model, callback = adapted("swin"), PruneRewindCallback(prune_tokens=1, prune_segments=4)
     trainer_for(tmp_path, callback, model).train()
     summary = model.prompt_summary()
     assert [layer.num_visual_prompts for layer in summary.layers] == [3] * 4
@@ -1095,5 +1095,5 @@ def test_released_switches_run_through_all_phases(tmp_path: Path) -> None:
     assert is_pruned(base)
     trainer.save_model()
     other = PeftModel.from_pretrained(build("vit")[0], tmp_path).eval()
-    inputs = {"pixel_values": Pictures(5, seed=3).pixels}
+    inputs = {"pixel_values": Images(5, seed=3).pixels}
     assert torch.equal(predict(other, inputs), predict(base.eval(), inputs))

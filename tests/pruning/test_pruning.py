@@ -221,12 +221,12 @@ def test_values_are_counted_over_layers_of_different_widths() -> None:
 @pytest.mark.parametrize(
     ("tokens", "segments", "message"),
     [
-        (3, 0, "Of 3, 0 to 2 can be pruned so that 1 stay, got 3"),
-        (-1, 0, "Of 3, 0 to 2 can be pruned so that 1 stay, got -1"),
+        (3, 0, "Cannot prune 3 of 3 prompts: at least 1 must remain. Prune at most 2, or pass a ratio"),
+        (-1, 0, "how many to prune, 0 or more, got -1"),
         (1.5, 0.0, "between 0 and 1, got 1.5; pass a whole number to prune so many"),
         (-0.1, 0.0, "between 0 and 1, got -0.1"),
         (float("nan"), 0.0, "between 0 and 1, got nan"),
-        (0, 5, "Of 8, 0 to 4 can be pruned so that 4 stay, got 5"),
+        (0, 5, "Cannot prune 5 of 8 segments: at least 4 must remain"),
         (0.0, 2.0, "between 0 and 1, got 2.0"),
     ],
 )

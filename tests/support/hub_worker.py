@@ -82,7 +82,7 @@ def main(out: Path) -> None:
         hub_model_id="tester/trained",
     )
     model = adapted(visual_prompt_dropout=0.0)
-    callback = PruneRewindCallback(tokens=0.34, segments=0.25)
+    callback = PruneRewindCallback(prune_tokens=0.34, prune_segments=0.25)
     trainer = Trainer(model, arguments, train_dataset=Images(8), eval_dataset=Images(4), callbacks=[callback])
     trainer.train()
     keep("trained", model)

@@ -95,6 +95,8 @@ def draw_parameters(model: nn.Module, generator: torch.Generator) -> None:
     """Gives every parameter of `model` a new value of ordinary size."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 0:  # a temperature
+            continue
         if parameter.dim() == 1:
             parameter.copy_(0.2 * noise if name.endswith("bias") else 1 + 0.2 * noise)
         elif parameter.dim() == 3:  # class tokens and positions

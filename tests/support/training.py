@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "visual_prompt_dropout": 0.1,
     "seed": 0,
 }
-HALF: dict[str, Any] = {"tokens": 0.5, "segments": 0.25}
+HALF: dict[str, Any] = {"prune_tokens": 0.5, "prune_segments": 0.25}
 
 
 class Images(Dataset):

@@ -149,7 +149,7 @@ def main(out: Path) -> None:
         dist.barrier()
         callback = PruneRewindCallback(**HALF)
         found[f"resumed{step}"] = run(out / "straight", 2, callback, step, dropout=0.1, **SAVING)
-    bare = PruneRewindCallback(5, "steps", tokens=1.0, min_tokens=0)
+    bare = PruneRewindCallback(5, "steps", prune_tokens=1.0, min_tokens=0)
     found["bare"] = run(out / "bare", 2, bare, max_steps=8)
     torch.save(found, out / f"rank{rank}.pt")
     gc.collect()  # a DDP model that is alive when its process group is destroyed may hang
