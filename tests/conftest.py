@@ -10,6 +10,21 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISAB
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.support.torchvision import declare_missing_operators  # noqa: E402
+
+
+THOROUGH = ("compile", "processes", "packaging", "browser", "deepspeed", "timm", "slow", "every_backbone", "training")
+"""Marks of tests that `pytest -m quick` leaves out."""
+
+declare_missing_operators()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in THOROUGH):
+            item.add_marker("quick")
+
 
 @pytest.fixture(autouse=True)
 def one_seed() -> None:

@@ -2,13 +2,14 @@
 """What must hold for every model of `zoo.py`, one function a statement, for `test_zoo.py` and `docs.backbones`.
 
 Every function takes the name of a model, raises an `AssertionError` where the statement is false, and returns what it
-measured, or `None` where the statement does not apply to the model.
+measured. `applies` says to which models a statement applies.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,13 +40,22 @@ WITH_INSERTION = (
     *("ovis2_vision", "mgp_str", "timm_vit_base", "timm_vit_base_qknorm", "timm_deit3_base"),
     *("timm_vit_base_siglip", "timm_vit_base_reg4_dinov2", "timm_cait_xxs24_224", "timm_xcit_nano_12_p16_224"),
 )
-IN_FLOAT32 = {
-    "aimv2",
-    "sapiens2",
-    "videoprism",
-    "git_vision",
-    "ovis2_vision",
-}  # norms or softmax, whatever the weights
+IN_FLOAT32 = {  # norms or softmax, whatever the weights
+    *("aimv2", "sapiens2", "videoprism", "git_vision", "ovis2_vision"),
+}
+
+# Their attention calls one implementation, or does its own arithmetic; so do all of timm's.
+WITH_ONE_IMPLEMENTATION = {
+    *("data2vec_vision", "data2vec_vision_abs_pos", "swinv2", "donut_swin", "maskformer_swin", "swin2sr", "hiera"),
+    *("vitdet", "sam_vision", "sam_hq_vision", "got_ocr2_vision", "pvt", "pvt_v2", "pvt_v2_linear", "glpn", "cvt"),
+    *("levit", "mobilevit", "perceiver", "imagegpt", "timesformer", "timesformer_joint", "blip_vision", "flava_image"),
+    *("groupvit_vision", "bridgetower_vision", "kosmos2_5_vision", "mgp_str", "vilt", "seggpt", "depth_anything"),
+    *("videoprism", "git_vision", "dinat"),
+}
+WITHOUT_CHECKPOINTING = {
+    *("eomt", "eomt_dinov3", "sam2_hiera", "sam3_vit", "florence2_vision", "pvt", "glpn", "cvt", "levit", "perceiver"),
+    *("videomt", "bridgetower_vision", "mgp_str", "layoutlmv3"),
+}
 
 
 def config(**changes: Any) -> E2VPTConfig:
@@ -55,7 +65,7 @@ def config(**changes: Any) -> E2VPTConfig:
 
 def missing(name: str) -> str | None:
     """Why a model cannot be built here."""
-    if name.startswith("timm") and importlib.util.find_spec("torchvision") is None:
+    if zoo.is_timm(name) and importlib.util.find_spec("torchvision") is None:
         return "timm needs torchvision"
     try:
         return zoo.missing(name)
@@ -114,11 +124,8 @@ def every_prompt_has_a_gradient(name: str) -> float:
 
 
 @torch.no_grad()
-def eager_equals_sdpa(name: str) -> float | None:
+def eager_equals_sdpa(name: str) -> float:
     model, inputs = adapt(name)
-    interface = any(layer.eager_attention is not None for layer in prompt_layers(model))
-    if not interface or not model.get_base_model()._supports_sdpa or name in AT_ODDS_WITH_ITSELF:
-        return None
     output = run(model, inputs)
     model.set_attn_implementation("eager")
     difference = apart(run(model, inputs), output)
@@ -126,9 +133,7 @@ def eager_equals_sdpa(name: str) -> float | None:
     return difference
 
 
-def rows_equal_inserted_tokens(name: str) -> float | None:
-    if name not in WITH_INSERTION:
-        return None
+def rows_equal_inserted_tokens(name: str) -> float:
     model, inputs = adapt(name, torch.float64, num_kv_prompts=0)
     output = run(model, inputs)
     layers = prompt_layers(model)
@@ -193,11 +198,9 @@ def saved_equals_loaded(name: str) -> float:
     return 0.0
 
 
-def checkpointing_leaves_gradients_equal(name: str) -> float | None:
+def checkpointing_leaves_gradients_equal(name: str) -> float:
     model, inputs = adapt(name)
     base = model.get_base_model()
-    if not base.supports_gradient_checkpointing:
-        return None
     model.train()
     for module in model.modules():
         if isinstance(module, _BatchNorm):  # a frozen one has to be, or a second forward pass is not the first
@@ -215,12 +218,45 @@ def checkpointing_leaves_gradients_equal(name: str) -> float | None:
 
 
 @torch.no_grad()
-def compiled_equals_uncompiled(name: str) -> float | None:
-    if name in AT_ODDS_WITH_ITSELF:
-        return None
+def compiled_equals_uncompiled(name: str) -> float:
     model, inputs = adapt(name)
     output = run(model, inputs)
     torch._dynamo.reset()
     difference = apart(run(torch.compile(model, backend="eager"), inputs), output)
     assert difference < 1e-4
     return difference
+
+
+Statement = Callable[[str], float]
+STATEMENTS: tuple[Statement, ...] = (
+    prompts_have_an_effect,
+    every_prompt_has_a_gradient,
+    eager_equals_sdpa,
+    rows_equal_inserted_tokens,
+    disabled_equals_the_base_model,
+    saved_equals_loaded,
+    checkpointing_leaves_gradients_equal,
+)
+
+
+def applies(statement: Statement, name: str) -> bool:
+    """Whether a statement applies to a model. That the lists are right is a test of its own."""
+    if statement is eager_equals_sdpa:
+        return name not in WITH_ONE_IMPLEMENTATION | AT_ODDS_WITH_ITSELF and not zoo.is_timm(name)
+    if statement is rows_equal_inserted_tokens:
+        return name in WITH_INSERTION
+    if statement is checkpointing_leaves_gradients_equal:
+        return name not in WITHOUT_CHECKPOINTING
+    if statement is compiled_equals_uncompiled:
+        return name not in AT_ODDS_WITH_ITSELF
+    return True
+
+
+def has_two_implementations(name: str) -> bool:
+    model, _ = adapt(name)
+    interface = any(layer.eager_attention is not None for layer in prompt_layers(model))
+    return interface and bool(model.get_base_model()._supports_sdpa)
+
+
+def has_checkpointing(name: str) -> bool:
+    return bool(build(name)[0].supports_gradient_checkpointing)
