@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""Settings of the whole test run: no network, one thread, one seed per test."""
+"""Settings of the whole test run: no network, one thread, one seed per test, the mark `quick`."""
 
 import os
 from collections.abc import Iterator

@@ -162,6 +162,7 @@ def test_rates_above_one_that_has_lost_ten_points_of_validation_accuracy_are_ski
     assert transfer.fell_behind(rows[::-1], next_rate) == skipped
 
 
+@pytest.mark.processes
 def test_the_suite_runs_end_to_end_and_a_second_run_adds_nothing(backbone, tmp_path):
     backbone.save_pretrained(tmp_path / "model")
     size = {"height": 28, "width": 28}

@@ -187,6 +187,7 @@ def finished(tmp_path_factory, images, tiny_vit) -> tuple[Path, str]:
     return output, run.stdout
 
 
+@pytest.mark.processes
 def test_finetune_prints_and_saves_the_table(finished):
     output, printed = finished
     results = json.loads((output / "results.json").read_text())
@@ -205,6 +206,7 @@ def test_finetune_prints_and_saves_the_table(finished):
     assert all(0 <= row["accuracy"] <= 1 and row["seconds"] > 0 for row in rows.values())
 
 
+@pytest.mark.processes
 def test_finetuned_adapter_loads_into_a_new_base(finished, tiny_vit):
     from peft import PeftModel
     from transformers import AutoModelForImageClassification
@@ -220,6 +222,7 @@ def test_finetuned_adapter_loads_into_a_new_base(finished, tiny_vit):
     assert (output / "e2vpt" / "preprocessor_config.json").is_file()
 
 
+@pytest.mark.processes
 def test_finetune_resumes_to_the_same_weights(finished, images, tiny_vit, tmp_path):
     from safetensors.torch import load_file
 
@@ -236,6 +239,7 @@ def test_finetune_resumes_to_the_same_weights(finished, images, tiny_vit, tmp_pa
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
 
 
+@pytest.mark.processes
 def test_every_figure_of_a_run_is_drawn_with_one_command(finished, images, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     import figures as script
@@ -250,6 +254,7 @@ def test_every_figure_of_a_run_is_drawn_with_one_command(finished, images, tmp_p
     assert {path.stem for path in tmp_path.iterdir()} == expected
 
 
+@pytest.mark.processes
 def test_attention_maps_can_be_drawn_of_files(finished, images):
     pytest.importorskip("matplotlib")
     import figures as script

@@ -48,6 +48,7 @@ def vtab_run(tmp_path_factory) -> tuple[list[dict[str, Any]], str]:
     return smoke("vtab1k", tmp_path_factory.mktemp("vtab1k"))
 
 
+@pytest.mark.processes
 def test_vtab_runs_every_phase_on_every_backbone(vtab_run):
     found, _ = vtab_run
     tasks = ["cifar", "eurosat", "dsprites_loc"]  # one of every group
@@ -56,6 +57,7 @@ def test_vtab_runs_every_phase_on_every_backbone(vtab_run):
     assert all(record["processes"] == 1 and 0 <= record["accuracy"] <= 1 for record in found)
 
 
+@pytest.mark.processes
 def test_the_final_training_has_the_chosen_rate_and_what_pruning_left(vtab_run):
     found, _ = vtab_run
     for start in range(0, len(found), len(PHASES)):
@@ -70,6 +72,7 @@ def test_the_final_training_has_the_chosen_rate_and_what_pruning_left(vtab_run):
     assert any(record["trained"] < before["trained"] for before, record in zip(found, found[3:], strict=False))
 
 
+@pytest.mark.processes
 def test_the_table_has_the_published_numbers_beside_ours(vtab_run):
     _, printed = vtab_run
     assert "| vit | e2vpt | here |" in printed
@@ -77,6 +80,7 @@ def test_the_table_has_the_published_numbers_beside_ours(vtab_run):
     assert "| mocov3 | e2vpt | published | 76.47 | 87.28 | 54.91 |" in printed
 
 
+@pytest.mark.processes
 def test_fgvc_runs_every_method_on_every_data_set(tmp_path):
     found, printed = smoke("fgvc", tmp_path, "--backbone", "vit", "--method", "all")
     final = {(record["task"], record["method"]): record for record in found if record["phase"] == "final"}
@@ -93,6 +97,7 @@ def test_fgvc_runs_every_method_on_every_data_set(tmp_path):
     assert (tmp_path / "tables.md").read_text() in printed
 
 
+@pytest.mark.processes
 def test_two_processes_share_every_step_and_one_writes(tmp_path):
     arguments = ["--smoke", "--backbone", "vit", "--use_cpu", "--ddp_backend", "gloo", "--disable_tqdm", "True"]
     torchrun(str(EXAMPLES / "vtab1k.py"), *arguments, "--output_dir", str(tmp_path), env=ENVIRONMENT)

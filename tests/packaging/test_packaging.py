@@ -16,6 +16,9 @@ import pytest
 from tests.support.paths import ROOT
 
 
+pytestmark = pytest.mark.packaging
+
+
 PACKAGES = ("peft_e2vpt", "peft_e2vpt_cli")
 SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 # what is imported is compiled once, as it is for users

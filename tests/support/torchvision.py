@@ -9,11 +9,11 @@ import torch
 
 
 def declare_missing_operators() -> None:
-    """Makes torchvision importable where only its import is in the way, as with a CPU build of torch and a registry's wheel.
+    """Makes torchvision importable beside a torch that it does not pair with, such as a CPU build.
 
-    timm takes image transforms from torchvision, which need none of its compiled operators. But if those cannot be
-    loaded, `import torchvision` ends at the two that it describes for meta tensors without looking. They are declared
-    here, without a kernel: calling one is still an error. Nothing is done where torchvision is absent or pairs with torch.
+    timm takes image transforms from torchvision, which need none of its compiled operators. But where those cannot be
+    loaded, `import torchvision` fails at two that it describes for meta tensors without a check. They are declared
+    here, without a kernel: calling one is still an error. Nothing is done where torchvision is absent or imports.
     """
     if find_spec("torchvision") is None:
         return
