@@ -90,7 +90,7 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 def apart(one: Tensor, other: Tensor) -> float:
     """The largest difference, relative to the largest value."""
-    return float((one - other).abs().max() / other.abs().max())
+    return float((one - other).detach().abs().max() / other.detach().abs().max())
 
 
 def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
