@@ -13,7 +13,7 @@ import torch  # noqa: E402
 from tests.support.torchvision import declare_missing_operators  # noqa: E402
 
 
-THOROUGH = ("compile", "processes", "packaging", "browser", "deepspeed", "timm", "slow", "every_backbone", "training")
+THOROUGH = ("compile", "processes", "packaging", "browser", "deepspeed", "timm", "slow", "thorough", "training")
 """Marks of tests that `pytest -m quick` leaves out."""
 
 declare_missing_operators()

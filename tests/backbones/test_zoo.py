@@ -12,11 +12,12 @@ from tests.support import zoo
 from tests.support import zoo_checks as checks
 
 
+NAMES = zoo.names(attention=True)
 ONE_OF_EACH_KIND = {"vit", "swin", "sam_vision", "hiera", "vitdet", "cvt", "levit", "bridgetower_vision"}
 
 
 def marks_of(name: str) -> list[Any]:
-    marks = [] if name in ONE_OF_EACH_KIND else [pytest.mark.every_backbone]
+    marks = [] if name in ONE_OF_EACH_KIND else [pytest.mark.thorough]
     return [*marks, pytest.mark.timm] if zoo.is_timm(name) else marks
 
 
@@ -24,12 +25,12 @@ def parameters(names: list[str]) -> list[Any]:
     return [pytest.param(name, marks=marks_of(name)) for name in names]
 
 
-def cases() -> list[Any]:
+def cases(statements: tuple[checks.Statement, ...], names: list[str]) -> list[Any]:
     """Every statement with every model that it applies to."""
     return [
         pytest.param(name, statement, marks=marks_of(name), id=f"{name}-{statement.__name__}")
-        for name in zoo.names(attention=True)
-        for statement in checks.STATEMENTS
+        for name in names
+        for statement in statements
         if checks.applies(statement, name)
     ]
 
@@ -41,9 +42,22 @@ def skip_if_missing(name: str) -> None:
         pytest.skip(f"not in this environment: {reason}")
 
 
-@pytest.mark.parametrize(("name", "statement"), cases())
+@pytest.mark.parametrize(("name", "statement"), cases(checks.STATEMENTS, NAMES))
 def test_a_model_with_attention_takes_prompts(name: str, statement: checks.Statement) -> None:
     statement(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "statement"), cases(checks.ABOUT_HEADS, [name for name in NAMES if checks.has_a_head(name)])
+)
+def test_a_model_with_a_head_takes_prompts_and_trains_its_head(name: str, statement: checks.Statement) -> None:
+    statement(name, modules_to_save=None)
+
+
+@pytest.mark.parametrize("name", parameters([name for name in NAMES if not checks.has_a_head(name)]))
+def test_a_backbone_without_a_head_trains_prompts_alone(name: str) -> None:
+    model, _ = checks.adapt(name, modules_to_save=None)
+    assert model.peft_config["default"].modules_to_save == []
 
 
 @pytest.mark.compile
@@ -51,7 +65,7 @@ def test_a_model_with_attention_takes_prompts(name: str, statement: checks.State
     "name",
     [
         pytest.param(name, marks=[] if name in ONE_OF_EACH_KIND else [*marks_of(name), pytest.mark.slow])
-        for name in zoo.names(attention=True)
+        for name in NAMES
         if checks.applies(checks.compiled_equals_uncompiled, name)
     ],
 )

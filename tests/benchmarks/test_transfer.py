@@ -76,6 +76,7 @@ def test_every_method_of_a_sweep_can_be_built(backbone, sweep):
             transfer.PruneRewindCallback(**method.pruning)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["count", "orientation", "x_position", "distance"])
 def test_drawn_tasks_are_the_same_every_time_and_have_no_image_twice(name):
     first, second = (transfer_tasks.TASKS[name].load() for _ in range(2))

@@ -22,7 +22,7 @@ def vtab_run(tmp_path_factory) -> tuple[list[dict[str, Any]], str]:
     return smoke("vtab1k", tmp_path_factory.mktemp("vtab1k"))
 
 
-def test_vtab_runs_every_phase_on_every_backbone(vtab_run):
+def test_vtab_runs_every_phase_on_thorough(vtab_run):
     found, _ = vtab_run
     tasks = ["cifar", "eurosat", "dsprites_loc"]  # one of every group
     expected = [(task, name, phase) for task, name in product(tasks, BACKBONES) for phase in PHASES]
