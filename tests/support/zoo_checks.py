@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -58,8 +58,8 @@ WITHOUT_CHECKPOINTING = {
     *("videomt", "bridgetower_vision", "mgp_str", "layoutlmv3"),
 }
 
-# Not every part of their heads, which are decoders of maps and boxes, takes part in the output that is read here.
-WITH_IDLE_PARTS = {"yolos", "dpt", "depth_anything", "eomt", "eomt_dinov3", "videomt"}
+# Parts of their decoders of maps are for losses alone, or take part only if there are more layers.
+WITH_IDLE_PARTS = {"dpt", "depth_anything"}
 
 
 def config(**changes: Any) -> E2VPTConfig:
@@ -99,9 +99,21 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).detach().abs().max() / other.detach().abs().max())
 
 
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """All that a model gives: logits, boxes, masks, hidden states."""
+    if isinstance(output, Tensor):
+        yield from [output] if output.is_floating_point() else []
+    elif isinstance(output, (dict, tuple, list)):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from tensors_in(part)
+
+
 def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Gradients of a loss that reads the whole output; zeros for what has none."""
     model.zero_grad()
-    run(model, inputs).float().square().sum().backward()
+    torch.manual_seed(0)  # ViLT draws the patches that it reads
+    loss = sum(tensor.float().square().sum() for tensor in tensors_in(model(**inputs)) if tensor.requires_grad)
+    loss.backward()
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in model.named_parameters()
