@@ -3,7 +3,8 @@
 
     python -m docs.backbones
 
-It takes about six minutes on two cores. The timm models need torchvision; without it their lines say so.
+It takes about six minutes on two cores. The timm models need torchvision (see `CONTRIBUTING.md`); without it their
+lines say so.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import transformers
 from peft_e2vpt.tuner.prompt_layers import prompt_layers
 from tests.support import zoo
 from tests.support import zoo_checks as checks
+from tests.support.torchvision import declare_missing_operators
 
 
 DOCS = Path(__file__).parent
@@ -58,8 +60,7 @@ def measure(name: str) -> list[str]:
     paths = sorted({layer.attention_path for layer in prompt_layers(model)})
     cells = [name, ", ".join(f"`{attention}`" for attention in attentions), ", ".join(paths)]
     for statement in COLUMNS.values():
-        value = statement(name)
-        cells.append("-" if value is None else f"{value:.1g}")
+        cells.append(f"{statement(name):.1g}" if checks.applies(statement, name) else "-")
     return cells
 
 
@@ -67,6 +68,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    declare_missing_operators()
     names = zoo.names(attention=True)
     lines = []
     for name in transformers.utils.logging.tqdm(names, desc="models"):

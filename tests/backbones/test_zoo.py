@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 from peft import get_peft_model
@@ -12,44 +12,79 @@ from tests.support import zoo
 from tests.support import zoo_checks as checks
 
 
-STATEMENTS = (
-    checks.prompts_have_an_effect,
-    checks.every_prompt_has_a_gradient,
-    checks.eager_equals_sdpa,
-    checks.rows_equal_inserted_tokens,
-    checks.disabled_equals_the_base_model,
-    checks.saved_equals_loaded,
-    checks.checkpointing_leaves_gradients_equal,
-)
-COMPILED = ("vit", "swin", "sam_vision", "hiera", "vitdet", "cvt", "levit", "bridgetower_vision")  # one of each kind
+NAMES = zoo.names(attention=True)
+ONE_OF_EACH_KIND = {"vit", "swin", "sam_vision", "hiera", "vitdet", "cvt", "levit", "bridgetower_vision"}
 
 
+def marks_of(name: str) -> list[Any]:
+    marks = [] if name in ONE_OF_EACH_KIND else [pytest.mark.thorough]
+    return [*marks, pytest.mark.timm] if zoo.is_timm(name) else marks
+
+
+def parameters(names: list[str]) -> list[Any]:
+    return [pytest.param(name, marks=marks_of(name)) for name in names]
+
+
+def cases(statements: tuple[checks.Statement, ...], names: list[str]) -> list[Any]:
+    """Every statement with every model that it applies to."""
+    return [
+        pytest.param(name, statement, marks=marks_of(name), id=f"{name}-{statement.__name__}")
+        for name in names
+        for statement in statements
+        if checks.applies(statement, name)
+    ]
+
+
+@pytest.fixture(autouse=True)
 def skip_if_missing(name: str) -> None:
     reason = checks.missing(name)
     if reason:
         pytest.skip(f"not in this environment: {reason}")
 
 
-@pytest.mark.parametrize("statement", STATEMENTS, ids=lambda statement: statement.__name__)
-@pytest.mark.parametrize("name", zoo.names(attention=True))
-def test_a_model_with_attention_takes_prompts(name: str, statement: Callable[[str], float | None]) -> None:
-    skip_if_missing(name)
-    if statement(name) is None:
-        pytest.skip("the statement does not apply to this model")
+@pytest.mark.parametrize(("name", "statement"), cases(checks.STATEMENTS, NAMES))
+def test_a_model_with_attention_takes_prompts(name: str, statement: checks.Statement) -> None:
+    statement(name)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in COMPILED else pytest.mark.slow) for n in zoo.names(attention=True)]
+    ("name", "statement"), cases(checks.ABOUT_HEADS, [name for name in NAMES if checks.has_a_head(name)])
+)
+def test_a_model_with_a_head_takes_prompts_and_trains_its_head(name: str, statement: checks.Statement) -> None:
+    statement(name, modules_to_save=None)
+
+
+@pytest.mark.parametrize("name", parameters([name for name in NAMES if not checks.has_a_head(name)]))
+def test_a_backbone_without_a_head_trains_prompts_alone(name: str) -> None:
+    model, _ = checks.adapt(name, modules_to_save=None)
+    assert model.peft_config["default"].modules_to_save == []
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ONE_OF_EACH_KIND else [*marks_of(name), pytest.mark.slow])
+        for name in NAMES
+        if checks.applies(checks.compiled_equals_uncompiled, name)
+    ],
 )
 def test_a_compiled_model_gives_the_same(name: str) -> None:
-    skip_if_missing(name)
-    if checks.compiled_equals_uncompiled(name) is None:
-        pytest.skip("the statement does not apply to this model")
+    checks.compiled_equals_uncompiled(name)
 
 
-@pytest.mark.parametrize("name", zoo.names(attention=False))
+@pytest.mark.parametrize("name", parameters(sorted(checks.WITH_ONE_IMPLEMENTATION)))
+def test_a_model_whose_implementations_are_not_compared_has_one(name: str) -> None:
+    assert not checks.has_two_implementations(name)
+
+
+@pytest.mark.parametrize("name", parameters(sorted(checks.WITHOUT_CHECKPOINTING)))
+def test_a_model_that_is_not_checkpointed_cannot_be(name: str) -> None:
+    assert not checks.has_checkpointing(name)
+
+
+@pytest.mark.parametrize("name", parameters(zoo.names(attention=False)))
 def test_a_model_without_attention_over_tokens_is_refused_in_a_sentence(name: str) -> None:
-    skip_if_missing(name)
     model, _ = checks.build(name)
     with pytest.raises(ValueError, match="has no self-attention that E2VPT knows"):
         get_peft_model(model, checks.config())

@@ -38,6 +38,7 @@ def test_speed_times_every_method(results_of: Run) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.processes
 def test_memory_measures_a_forward_pass_and_a_training_step(results_of: Run) -> None:
     (result,) = results_of("memory", "--methods", "e2vpt")
     assert result["peak_mib"]["forward"] > 0

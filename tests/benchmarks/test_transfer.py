@@ -76,6 +76,7 @@ def test_every_method_of_a_sweep_can_be_built(backbone, sweep):
             transfer.PruneRewindCallback(**method.pruning)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["count", "orientation", "x_position", "distance"])
 def test_drawn_tasks_are_the_same_every_time_and_have_no_image_twice(name):
     first, second = (transfer_tasks.TASKS[name].load() for _ in range(2))
@@ -162,7 +163,8 @@ def test_rates_above_one_that_has_lost_ten_points_of_validation_accuracy_are_ski
     assert transfer.fell_behind(rows[::-1], next_rate) == skipped
 
 
-def test_the_suite_runs_end_to_end_and_a_second_run_adds_nothing(backbone, tmp_path):
+@pytest.mark.processes
+def test_the_suite_runs_end_to_end_and_a_second_run_adds_nothing(backbone, tmp_path, monkeypatch, capsys):
     backbone.save_pretrained(tmp_path / "model")
     size = {"height": 28, "width": 28}
     BitImageProcessor(size=size, crop_size=size).save_pretrained(tmp_path / "model")
@@ -184,10 +186,9 @@ def test_the_suite_runs_end_to_end_and_a_second_run_adds_nothing(backbone, tmp_p
     assert len(rows) == 2 * 2 + 2 + 2 * 1 + 0  # two rates with seed 0; one with seed 1; pruned takes a rate
     pruned = [row for row in rows if row["method"] == "pruned"]
     assert all(row["trained"] < next(r for r in rows if r["method"] == "e2vpt")["trained"] for row in pruned)
-    table = [sys.executable, "-m", "benchmarks.transfer_table", str(tmp_path / "r.jsonl")]
-    shown = subprocess.run(
-        [*table, "--figure", str(tmp_path / "a.png")], check=True, capture_output=True, text=True, cwd=ROOT
-    ).stdout
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "r.jsonl"), "--figure", str(tmp_path / "a.png")])
+    transfer_table.main()
+    shown = capsys.readouterr().out
     assert shown.startswith(
         f"{len(rows)} trainings, 2 seeds, 28 px, 0.4 or 0.2 epochs, batches of 16, bf16 autocast; "
     )

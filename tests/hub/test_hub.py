@@ -23,6 +23,9 @@ from tests.support.hub_worker import LABELS
 from tests.support.paths import ROOT
 
 
+pytestmark = pytest.mark.processes
+
+
 # adapters by the name of their answers: repository, revision, subfolder
 UPLOADED = {
     "plain": ("tester/trees", "main", ""),

@@ -103,6 +103,7 @@ def test_modules_that_never_were_are_not_found() -> None:
         import_module("peft_e2vpt.nothing")
 
 
+@pytest.mark.packaging
 def test_importing_the_package_imports_no_former_module() -> None:
     program = "import sys, peft_e2vpt; print([name for name in sys.modules if name in sys.argv[1:]])"
     done = subprocess.run(

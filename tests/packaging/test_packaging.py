@@ -16,6 +16,9 @@ import pytest
 from tests.support.paths import ROOT
 
 
+pytestmark = pytest.mark.packaging
+
+
 PACKAGES = ("peft_e2vpt", "peft_e2vpt_cli")
 SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 # what is imported is compiled once, as it is for users
@@ -95,7 +98,9 @@ print(time.process_time() - start)
 
 
 def test_importing_costs_less_than_a_tenth_of_a_second_beyond_transformers_and_peft() -> None:
-    costs = [float(output_of(sys.executable, "-c", COST, cwd=ROOT)) for _ in range(3)]
+    costs: list[float] = []
+    while len(costs) < 3 and not (costs and costs[-1] < 0.1):  # a busy machine gets two more tries
+        costs.append(float(output_of(sys.executable, "-c", COST, cwd=ROOT)))
     assert min(costs) < 0.1, costs
 
 

@@ -67,6 +67,7 @@ def test_all_that_are_too_old_are_named(monkeypatch):
         requirements.check_requirements()
 
 
+@pytest.mark.packaging
 def test_they_are_refused_before_anything_else_is_imported():
     code = (
         "import importlib.metadata, sys; importlib.metadata.version = lambda name: '0.1'\n"

@@ -26,6 +26,9 @@ from tests.support.training import HALF, assert_same_bits
 from tests.support.worker import run, scores_and_search, sharded
 
 
+pytestmark = pytest.mark.processes
+
+
 EXAMPLE = EXAMPLES / "accelerate_loop.py"
 Ranks = list[dict[str, Any]]
 

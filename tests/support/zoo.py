@@ -477,6 +477,10 @@ def names(family: str | None = None, attention: bool | None = None) -> list[str]
             if (family is None or s.family == family) and (attention is None or s.attention == attention)]
 
 
+def is_timm(name: str) -> bool:
+    return BY_NAME[name].family == "timm"
+
+
 def missing(name: str) -> str | None:
     """Why the model cannot be built here (absent from this transformers, or a package is not installed)."""
     spec = BY_NAME[name]

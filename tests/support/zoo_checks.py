@@ -2,13 +2,15 @@
 """What must hold for every model of `zoo.py`, one function a statement, for `test_zoo.py` and `docs.backbones`.
 
 Every function takes the name of a model, raises an `AssertionError` where the statement is false, and returns what it
-measured, or `None` where the statement does not apply to the model.
+measured. `applies` says to which models a statement applies.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,13 +41,25 @@ WITH_INSERTION = (
     *("ovis2_vision", "mgp_str", "timm_vit_base", "timm_vit_base_qknorm", "timm_deit3_base"),
     *("timm_vit_base_siglip", "timm_vit_base_reg4_dinov2", "timm_cait_xxs24_224", "timm_xcit_nano_12_p16_224"),
 )
-IN_FLOAT32 = {
-    "aimv2",
-    "sapiens2",
-    "videoprism",
-    "git_vision",
-    "ovis2_vision",
-}  # norms or softmax, whatever the weights
+IN_FLOAT32 = {  # norms or softmax, whatever the weights
+    *("aimv2", "sapiens2", "videoprism", "git_vision", "ovis2_vision"),
+}
+
+# Their attention calls one implementation, or does its own arithmetic; so do all of timm's.
+WITH_ONE_IMPLEMENTATION = {
+    *("data2vec_vision", "data2vec_vision_abs_pos", "swinv2", "donut_swin", "maskformer_swin", "swin2sr", "hiera"),
+    *("vitdet", "sam_vision", "sam_hq_vision", "got_ocr2_vision", "pvt", "pvt_v2", "pvt_v2_linear", "glpn", "cvt"),
+    *("levit", "mobilevit", "perceiver", "imagegpt", "timesformer", "timesformer_joint", "blip_vision", "flava_image"),
+    *("groupvit_vision", "bridgetower_vision", "kosmos2_5_vision", "mgp_str", "vilt", "seggpt", "depth_anything"),
+    *("videoprism", "git_vision", "dinat"),
+}
+WITHOUT_CHECKPOINTING = {
+    *("eomt", "eomt_dinov3", "sam2_hiera", "sam3_vit", "florence2_vision", "pvt", "glpn", "cvt", "levit", "perceiver"),
+    *("videomt", "bridgetower_vision", "mgp_str", "layoutlmv3"),
+}
+
+# Parts of their decoders of maps are for losses alone, or take part only if there are more layers.
+WITH_IDLE_PARTS = {"dpt", "depth_anything"}
 
 
 def config(**changes: Any) -> E2VPTConfig:
@@ -55,7 +69,7 @@ def config(**changes: Any) -> E2VPTConfig:
 
 def missing(name: str) -> str | None:
     """Why a model cannot be built here."""
-    if name.startswith("timm") and importlib.util.find_spec("torchvision") is None:
+    if zoo.is_timm(name) and importlib.util.find_spec("torchvision") is None:
         return "timm needs torchvision"
     try:
         return zoo.missing(name)
@@ -79,13 +93,27 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def apart(one: Tensor, other: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    return float((one - other).abs().max() / other.abs().max())
+    """The largest difference, relative to the largest value; of zeros, 0."""
+    if torch.equal(one, other):
+        return 0.0
+    return float((one - other).detach().abs().max() / other.detach().abs().max())
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """All that a model gives: logits, boxes, masks, hidden states."""
+    if isinstance(output, Tensor):
+        yield from [output] if output.is_floating_point() else []
+    elif isinstance(output, (dict, tuple, list)):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from tensors_in(part)
 
 
 def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Gradients of a loss that reads the whole output; zeros for what has none."""
     model.zero_grad()
-    run(model, inputs).float().square().sum().backward()
+    torch.manual_seed(0)  # ViLT draws the patches that it reads
+    loss = sum(tensor.float().square().sum() for tensor in tensors_in(model(**inputs)) if tensor.requires_grad)
+    loss.backward()
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in model.named_parameters()
@@ -93,32 +121,42 @@ def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
+def disturb_heads(model: PeftModel) -> None:
+    """Gives the heads other values than those of the base model, as a training does."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "e2vpt_" not in name:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
 @torch.no_grad()
-def prompts_have_an_effect(name: str) -> float:
+def prompts_have_an_effect(name: str, **changes: Any) -> float:
     model, inputs = build(name)
     base = run(model, inputs)
-    output = run(get_peft_model(model, config()).eval(), inputs)
+    output = run(get_peft_model(model, config(**changes)).eval(), inputs)
     assert output.shape == base.shape
     effect = float((output - base).abs().max())
     assert effect > 1e-3, f"the prompts change the output by {effect}"
     return effect
 
 
-def every_prompt_has_a_gradient(name: str) -> float:
-    model, inputs = adapt(name)
+def every_prompt_has_a_gradient(name: str, **changes: Any) -> float:
+    """Every prompt and every part of the heads, where there are any; and nothing else."""
+    model, inputs = adapt(name, **changes)
     found = gradients(model, inputs)
-    assert found and all("e2vpt_" in key for key in found)
-    idle = [key for key, gradient in found.items() if not gradient.abs().sum() > 0]
+    prompts = {key: gradient for key, gradient in found.items() if "e2vpt_" in key}
+    heads = {key: gradient for key, gradient in found.items() if key not in prompts}
+    assert prompts and bool(heads) == bool(model.peft_config["default"].modules_to_save)
+    assert all(".modules_to_save.default." in key for key in heads)
+    idle = {key for key, gradient in found.items() if not gradient.abs().sum() > 0}
+    if name in WITH_IDLE_PARTS and idle < heads.keys():
+        idle = set()
     assert not idle, f"without gradient: {idle}"
-    return min(float(gradient.abs().max()) for gradient in found.values())
+    return min(float(gradient.abs().max()) for gradient in prompts.values())
 
 
 @torch.no_grad()
-def eager_equals_sdpa(name: str) -> float | None:
+def eager_equals_sdpa(name: str) -> float:
     model, inputs = adapt(name)
-    interface = any(layer.eager_attention is not None for layer in prompt_layers(model))
-    if not interface or not model.get_base_model()._supports_sdpa or name in AT_ODDS_WITH_ITSELF:
-        return None
     output = run(model, inputs)
     model.set_attn_implementation("eager")
     difference = apart(run(model, inputs), output)
@@ -126,9 +164,7 @@ def eager_equals_sdpa(name: str) -> float | None:
     return difference
 
 
-def rows_equal_inserted_tokens(name: str) -> float | None:
-    if name not in WITH_INSERTION:
-        return None
+def rows_equal_inserted_tokens(name: str) -> float:
     model, inputs = adapt(name, torch.float64, num_kv_prompts=0)
     output = run(model, inputs)
     layers = prompt_layers(model)
@@ -172,10 +208,11 @@ def _cutting_out(count: int) -> Any:
 
 
 @torch.no_grad()
-def disabled_equals_the_base_model(name: str) -> float:
+def disabled_equals_the_base_model(name: str, **changes: Any) -> float:
     model, inputs = build(name)
     base = run(model, inputs)
-    adapted = get_peft_model(model, config()).eval()
+    adapted = get_peft_model(model, config(**changes)).eval()
+    disturb_heads(adapted)
     with adapted.disable_adapter():
         assert torch.equal(run(adapted, inputs), base)
     assert torch.equal(run(adapted.unload(), inputs), base)
@@ -183,21 +220,20 @@ def disabled_equals_the_base_model(name: str) -> float:
 
 
 @torch.no_grad()
-def saved_equals_loaded(name: str) -> float:
-    model, inputs = adapt(name)
+def saved_equals_loaded(name: str, **changes: Any) -> float:
+    model, inputs = adapt(name, **changes)
+    disturb_heads(model)
     output = run(model, inputs)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = PeftModel.from_pretrained(build(name)[0], folder).eval()
+        loaded = PeftModel.from_pretrained(build(name)[0], folder, is_trainable=True).eval()
     assert torch.equal(run(loaded, inputs), output)
     return 0.0
 
 
-def checkpointing_leaves_gradients_equal(name: str) -> float | None:
-    model, inputs = adapt(name)
+def checkpointing_leaves_gradients_equal(name: str, **changes: Any) -> float:
+    model, inputs = adapt(name, **changes)
     base = model.get_base_model()
-    if not base.supports_gradient_checkpointing:
-        return None
     model.train()
     for module in model.modules():
         if isinstance(module, _BatchNorm):  # a frozen one has to be, or a second forward pass is not the first
@@ -215,12 +251,57 @@ def checkpointing_leaves_gradients_equal(name: str) -> float | None:
 
 
 @torch.no_grad()
-def compiled_equals_uncompiled(name: str) -> float | None:
-    if name in AT_ODDS_WITH_ITSELF:
-        return None
+def compiled_equals_uncompiled(name: str) -> float:
     model, inputs = adapt(name)
     output = run(model, inputs)
     torch._dynamo.reset()
     difference = apart(run(torch.compile(model, backend="eager"), inputs), output)
     assert difference < 1e-4
     return difference
+
+
+Statement = Callable[..., float]
+STATEMENTS: tuple[Statement, ...] = (
+    prompts_have_an_effect,
+    every_prompt_has_a_gradient,
+    eager_equals_sdpa,
+    rows_equal_inserted_tokens,
+    disabled_equals_the_base_model,
+    saved_equals_loaded,
+    checkpointing_leaves_gradients_equal,
+)
+ABOUT_HEADS: tuple[Statement, ...] = (  # they hold for a head that trains, too
+    prompts_have_an_effect,
+    every_prompt_has_a_gradient,
+    disabled_equals_the_base_model,
+    saved_equals_loaded,
+    checkpointing_leaves_gradients_equal,
+)
+
+
+def has_a_head(name: str) -> bool:
+    """Whether a model is one for a task, by the name of its class, and not a bare backbone."""
+    return bool(re.search("For[A-Z]", zoo.BY_NAME[name].model))
+
+
+def applies(statement: Statement, name: str) -> bool:
+    """Whether a statement applies to a model. That the lists are right is a test of its own."""
+    if statement is eager_equals_sdpa:
+        return name not in WITH_ONE_IMPLEMENTATION | AT_ODDS_WITH_ITSELF and not zoo.is_timm(name)
+    if statement is rows_equal_inserted_tokens:
+        return name in WITH_INSERTION
+    if statement is checkpointing_leaves_gradients_equal:
+        return name not in WITHOUT_CHECKPOINTING
+    if statement is compiled_equals_uncompiled:
+        return name not in AT_ODDS_WITH_ITSELF
+    return True
+
+
+def has_two_implementations(name: str) -> bool:
+    model, _ = adapt(name)
+    interface = any(layer.eager_attention is not None for layer in prompt_layers(model))
+    return interface and bool(model.get_base_model()._supports_sdpa)
+
+
+def has_checkpointing(name: str) -> bool:
+    return bool(build(name)[0].supports_gradient_checkpointing)

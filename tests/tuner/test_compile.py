@@ -17,6 +17,9 @@ from tests.support.adapted import KV_ONLY, SHALLOW, adapt, config_of, gradients,
 from tests.support.models import BATCH, NAMES, build, output_of
 
 
+pytestmark = pytest.mark.compile
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit", {}),
     "swin": ("swin", {}),

@@ -384,6 +384,7 @@ def merged_for_export(name: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 @families
+@pytest.mark.compile
 def test_an_exported_program_reads_constants_instead_of_prompts(name):
     model, others, expected = merged_for_export(name)
     program = torch.export.export(model, (others,), strict=False)
@@ -397,6 +398,7 @@ def test_an_exported_program_reads_constants_instead_of_prompts(name):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
 @families
+@pytest.mark.compile
 def test_onnxruntime_gives_the_logits_of_the_model(name):
     model, others, expected = merged_for_export(name)
     file = io.BytesIO()
@@ -417,6 +419,7 @@ def test_onnxruntime_gives_the_logits_of_the_model(name):
 
 # ------------------------------------------------------------------------------------------------------------ compiled
 @pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.compile
 def test_a_compiled_model_takes_other_prompts_without_compiling_again(tmp_path, fresh_compiler, merged):
     """Hot swapping: adapters of one shape are loaded over one another."""
     programs: list[Any] = []
@@ -442,6 +445,7 @@ def test_a_compiled_model_takes_other_prompts_without_compiling_again(tmp_path, 
     assert len(programs) == 1
 
 
+@pytest.mark.compile
 def test_a_compiled_merged_model_notices_pruning_training_and_loading(fresh_compiler):
     model, inputs = adapt()
     model.merge_adapter()

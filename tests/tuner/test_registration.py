@@ -112,21 +112,25 @@ def fresh(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.processes
 def test_without_the_import_peft_does_not_know_the_method(fresh):
     """Why every model card has to begin with `import peft_e2vpt`."""
     assert "E2VPT" not in fresh["members before"]
     assert fresh["error before"] == "KeyError('E2VPT')"
 
 
+@pytest.mark.processes
 def test_unpickling_the_member_imports_the_package(fresh):
     assert fresh["member"] is True and fresh["imported"] is True
 
 
+@pytest.mark.processes
 def test_the_other_methods_of_peft_stay_as_they_were(fresh):
     assert len(fresh["members before"]) == len(peft.PeftType) - 1
     assert fresh["members after"] == [*fresh["members before"], "E2VPT"]
 
 
+@pytest.mark.processes
 def test_configs_arrive_whole_in_another_process(fresh):
     config = json.loads(json.dumps(E2VPTConfig(seed=3).to_dict()))
     assert fresh["config"] == fresh["pickled config"] == config

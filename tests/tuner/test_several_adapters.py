@@ -54,6 +54,7 @@ def test_adapters_loaded_one_after_the_other_answer_as_they_were_saved(tmp_path,
     assert torch.equal(predict(model, {"pixel_values": pixels}), answers[first])
 
 
+@pytest.mark.compile
 def test_switching_between_adapters_compiles_once_for_each(tmp_path, fresh_compiler):
     pixels, answers = saved("vit", tmp_path)
     model, _ = with_adapters("vit", DIFFERENT)
