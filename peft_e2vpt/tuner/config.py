@@ -14,6 +14,7 @@ from peft import PeftConfig
 from torch import nn
 
 from .._compat import METHOD, peft_type
+from .classes import classes_shown
 
 
 FORMAT_VERSION = 1  # of adapter_config.json and adapter_model.safetensors; counts up when older readers would go wrong
@@ -116,8 +117,9 @@ class E2VPTConfig(PeftConfig):
         layers_to_transform (`list[int]` or `int`, *optional*):
             Which of the found self-attentions to adapt, counted from 0 in the order of the layers.
         modules_to_save (`list[str]`, *optional*):
-            Modules that are trained in full and saved with the adapter. `None` finds the head of the model; `[]`
-            trains none.
+            Modules that are trained in full and saved with the adapter, by their paths, or endings of paths that
+            belong to one module. `None` finds the head of the model; `[]` trains none. The config of the adapted
+            model says what was found, by full paths; the one that you pass stays as it is.
         init_weights (`bool`, *optional*, defaults to `True`):
             Whether prompts start from the initialisations above; `False` leaves them at zero.
         labels (`list[str]`, *optional*):
@@ -201,6 +203,7 @@ class E2VPTConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = peft_type()
         self._adapter: tuple[weakref.ref[nn.Module], str] | None = None  # no field, so not in adapter_config.json
+        self.waits_for_values = False  # it was read from a file, and the adapter's values were not yet
         self._check_format()
         self._check_counts()
         if self.token_gate is None:
@@ -217,6 +220,13 @@ class E2VPTConfig(PeftConfig):
         self._check_names()
         if self.visual_prompt_mode == "shallow":
             self._check_shallow()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> E2VPTConfig:
+        """Reads `adapter_config.json`; the arguments are PEFT's."""
+        config: E2VPTConfig = super().from_pretrained(*args, **kwargs)
+        config.waits_for_values = True
+        return config
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -260,13 +270,14 @@ class E2VPTConfig(PeftConfig):
             super().save_pretrained(save_directory, **kwargs)
             return
         complete = copy.copy(self)
-        for name, value in self.companion.settings(self, model).items():
-            setattr(complete, name, value)
-        if "auto_mapping_dict" in kwargs:  # PEFT's own, which is None where there is a task type
-            kwargs["auto_mapping_dict"] = complete.auto_mapping
-        super(E2VPTConfig, complete).save_pretrained(save_directory, **kwargs)
-        if "auto_mapping_dict" in kwargs:  # PeftModel has just saved the adapter here
-            self.companion.write(complete, model, adapter_name, save_directory)
+        with classes_shown(model, adapter_name):
+            for name, value in self.companion.settings(self, model).items():
+                setattr(complete, name, value)
+            if "auto_mapping_dict" in kwargs:  # PEFT's own, which is None where there is a task type
+                kwargs["auto_mapping_dict"] = complete.auto_mapping
+            super(E2VPTConfig, complete).save_pretrained(save_directory, **kwargs)
+            if "auto_mapping_dict" in kwargs:  # PeftModel has just saved the adapter here
+                self.companion.write(complete, model, adapter_name, save_directory)
 
     def _check_format(self) -> None:
         if not _is_whole(self.format_version, 1):

@@ -13,16 +13,18 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .._compat import ExcludedModule
-from ..backbones.heads import find_heads
+from ..backbones.heads import has_input_embeddings
 from ..backbones.sites import find_attention_sites
+from .classes import ClassesOfAdapters
 from .config import E2VPTConfig
 from .layer import E2VPTLayer
 from .mixed_batch import BASE, check_adapter_names, one_adapter_per_sample
 from .prompt_layers import CONTAINER, PromptLayers, restore_base_model, tag
+from .saved_modules import unwrap_unused, wrap
 from .shallow import ShallowInsertion
 from .state_dict import fit_to_model, without_pruned_values
 from .summary import PromptSummary, summarise
-from .targets import cast_heads, check_modules_to_save, check_sites, find_targets, matches
+from .targets import cast_heads, check_heads, check_sites, choose_heads, find_targets, matches, own_copy
 from .weighted import check_weights, combine, combined_config
 
 
@@ -54,11 +56,28 @@ class E2VPTModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: E2VPTConfig, adapter_name: str) -> None:
         """Takes out an adapter of this name that an earlier PeftModel has left in the model."""
         self._remove_insertion(adapter_name)
-        for name, module in list(model.named_modules()):
+        for module in model.modules():
             if isinstance(module, E2VPTLayer):
                 module.delete_adapter(adapter_name)
-            elif isinstance(module, ModulesToSaveWrapper) and list(module.modules_to_save) == [adapter_name]:
-                model.set_submodule(name, module.original_module)
+            elif isinstance(module, ModulesToSaveWrapper):
+                module.delete_adapter(adapter_name, None)
+        unwrap_unused(model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter with a copy of its config, which says what was found; the user's stays as it is."""
+        config = own_copy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        active = adapter_name in self.active_adapters
+        wrap(model, self._heads, adapter_name, active, config.inference_mode)
+        config.modules_to_save = self._heads
+        if active and len(self.peft_config) > 1:  # those that another PeftModel has left in the model
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: E2VPTConfig) -> None:
+        """Lets PEFT warn of embeddings that are trained though other weights are tied to them, where there are any."""
+        if has_input_embeddings(model):
+            super()._check_tied_modules(model, peft_config)
 
     def _prepare_adapter_config(self, peft_config: E2VPTConfig, model_config: dict[str, Any]) -> E2VPTConfig:
         # numbers of attentions and paths of modules as they are before anything is changed
@@ -66,16 +85,9 @@ class E2VPTModel(BaseTuner):
         self._sites = {name: (index, site) for index, (name, site) in enumerate(sites.items())}
         self._targets = find_targets(self.model, peft_config, sites)
         check_sites(self.model, peft_config, [sites[name] for name in self._targets])
-        heads = peft_config.modules_to_save
-        if heads is not None and peft_config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-            # PEFT has added the names that heads of text models have
-            text_heads = {name for name in ("classifier", "score") if not hasattr(self.model, name)}
-            heads = [name for name in heads if name not in text_heads] or None
-        if heads is None:
-            heads = find_heads(self.model, list(sites.values()))
-            heads = [name for name in heads if name != CONTAINER]
-        check_modules_to_save(self.model, heads, self._targets)
-        peft_config.modules_to_save = heads
+        self._heads = choose_heads(self.model, list(sites.values()), peft_config.modules_to_save)
+        check_heads(self.model, self._heads, self._targets)
+        peft_config.modules_to_save = None  # PEFT would match the endings of paths: `inject_adapter` wraps them
         if peft_config.companion is not None:
             peft_config.companion.bind(peft_config, self.model)
         tag(self.model)
@@ -142,6 +154,39 @@ class E2VPTModel(BaseTuner):
                     f"The adapter {name!r} has visual_prompt_mode='shallow': its prompts are tokens of the sequence, "
                     f"not rows of each attention, so it cannot {purpose}. Only adapters in 'deep' mode can."
                 )
+
+    # ------------------------------------------------------------------------------------------------------ activating
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes an adapter the active one, and the config of the model name the classes of that adapter."""
+        super().set_adapter(adapter_name, inference_mode)
+        self._show_classes()
+
+    def enable_adapter_layers(self) -> None:
+        """Switches adapters on again."""
+        super().enable_adapter_layers()
+        self._show_classes()
+
+    def disable_adapter_layers(self) -> None:
+        """Switches adapters off: the model, with the classes in its config, is the base model."""
+        super().disable_adapter_layers()
+        self._classes.show(self.model, None)
+
+    @property
+    def _classes(self) -> ClassesOfAdapters:
+        classes: ClassesOfAdapters = getattr(self.model, CONTAINER).classes
+        return classes
+
+    def _show_classes(self) -> None:
+        active = self.active_adapters
+        self._classes.show(self.model, active[0] if active else None)
+
+    def train(self, mode: bool = True) -> E2VPTModel:
+        """Sets the mode; an adapter that has been trained is no longer one that waits for its values."""
+        if mode:
+            for config in self.peft_config.values():
+                config.waits_for_values = False
+        super().train(mode)
+        return self
 
     # ------------------------------------------------------------------------------------------------------- counting
     def prompt_summary(self, adapter_name: str | None = None) -> PromptSummary:
@@ -236,6 +281,9 @@ class E2VPTModel(BaseTuner):
         """Deletes an adapter; with the last one, the base model is what it was before."""
         super().delete_adapter(adapter_name)
         self._remove_insertion(adapter_name)
+        unwrap_unused(self.model)
+        self._classes.remove(self.model, adapter_name)
+        self._show_classes()
         if not self.peft_config:
             restore_base_model(self.model)
 
@@ -277,7 +325,17 @@ class E2VPTModel(BaseTuner):
         cls, model: nn.Module, config: E2VPTConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The tensors of a file as the model takes them."""
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        return fit_to_model(model, remapped, config, adapter_name)
+        tuner = getattr(model, "base_model", None)
+        try:
+            remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+                model, config, adapter_name, state_dict
+            )
+            fitting = fit_to_model(model, remapped, config, adapter_name)
+        except (KeyError, ValueError):
+            if config.waits_for_values and isinstance(tuner, E2VPTModel):
+                tuner.delete_adapter(adapter_name)  # it has no values but those it was made with
+            raise
+        config.waits_for_values = False
+        if isinstance(tuner, E2VPTModel):
+            tuner._show_classes()
+        return fitting

@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..attention.interface import running_as
 from ..backbones.sites import AttentionSite
+from .classes import ClassesOfAdapters
 from .layer import E2VPTLayer
+from .saved_modules import unwrap, wrappers
 from .shallow import ShallowInsertion
 
 
@@ -68,12 +69,14 @@ class PromptLayers(nn.ModuleDict):
     Attributes:
         base_requires_grad: which parameters of the base model required a gradient before it was adapted.
         insertions: where shallow prompts enter and leave the sequence, by adapter.
+        classes: the classes of adapters that have their own.
     """
 
     def __init__(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.base_requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.insertions: dict[str, ShallowInsertion] = {}
+        self.classes = ClassesOfAdapters()
         self.register_load_state_dict_post_hook(_refresh_constants_after_load)  # type: ignore[no-untyped-call]
         self._handles = [module.register_forward_hook(self._require_gradient) for module in _before(blocks, model)]
         self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
@@ -210,13 +213,13 @@ def restore_base_model(model: Any) -> None:
     if container is None:
         return
     container.detach()
+    container.classes.show(model, None)
     if getattr(model, "_require_grads_hooks", None):
         model.disable_input_require_grads()
     delattr(model, CONTAINER)
     _untag(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
-            model.set_submodule(name, module.original_module)
+    for _, wrapper in list(wrappers(model)):
+        unwrap(model, wrapper)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = container.base_requires_grad[name]
     if hasattr(model, "peft_config"):

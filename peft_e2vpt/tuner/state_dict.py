@@ -8,9 +8,11 @@ from difflib import get_close_matches
 import torch
 from torch import Size, Tensor, nn
 
+from .classes import ClassesOfAdapters, named
 from .config import E2VPTConfig
 from .gates import kept_values
-from .prompt_layers import prompt_layers
+from .prompt_layers import CONTAINER, adapted_model, prompt_layers
+from .saved_modules import can_resize, resize, wrappers
 
 
 def without_pruned_values(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
@@ -29,6 +31,9 @@ def fit_to_model(
 ) -> dict[str, Tensor]:
     """Checks the tensors of a file against the model and spreads pruned visual prompts to full shape.
 
+    The head of a further adapter takes the number of classes that the file has; the first adapter of a model has
+    that of the model.
+
     Args:
         model: the adapted model.
         tensors: those of the file, by their names in the model.
@@ -39,10 +44,8 @@ def fit_to_model(
         ValueError: a tensor is missing, unknown or of another shape; the message names it.
     """
     values = model.state_dict()
-    for name, tensor in tensors.items():
-        if f".modules_to_save.{adapter_name}." in name and name in values and tensor.shape != values[name].shape:
-            path = name.replace(f".modules_to_save.{adapter_name}", "")
-            raise ValueError(_head_mismatch(model, path, tensor.shape, values[name].shape, config))
+    _refuse_other_heads(tensors, config.modules_to_save or [])
+    gained = _fit_heads(model, tensors, config, adapter_name)
     live = {name: tensor for name, tensor in values.items() if ".e2vpt_" in name and name.endswith(f".{adapter_name}")}
     given = {name: tensor for name, tensor in tensors.items() if ".e2vpt_" in name}
     missing, unknown = sorted(live.keys() - given.keys()), sorted(given.keys() - live.keys())
@@ -56,6 +59,7 @@ def fit_to_model(
                 f"The adapter's tensor {name} has shape {tuple(tensor.shape)}, but the model needs "
                 f"{tuple(live[name].shape)}: was it trained on another backbone or with another E2VPTConfig?"
             )
+    _note_classes(model, config, adapter_name, gained)
     return tensors
 
 
@@ -91,6 +95,56 @@ def _classes(model: nn.Module, found: Size, needed: Size, config: E2VPTConfig) -
     else:
         return None
     return None if classes == num_labels else classes
+
+
+def _refuse_other_heads(tensors: dict[str, Tensor], heads: list[str]) -> None:
+    """Refuses what PEFT would leave out in silence: modules that earlier versions trained because of their endings."""
+    for name in tensors:
+        parents = [name[:i] for i, letter in enumerate(name) if letter == "."]
+        if "e2vpt_" in name or ".modules_to_save." in name:
+            continue
+        if any(parent.endswith(head) for parent in parents for head in heads):
+            raise ValueError(
+                f"The adapter's file holds {name}, but its modules_to_save={heads} does not name that module. Give "
+                "the modules that it was trained with by their full paths: "
+                "config = E2VPTConfig.from_pretrained(folder); config.modules_to_save = [...]; "
+                "PeftModel.from_pretrained(model, folder, config=config)."
+            )
+
+
+def _fit_heads(model: nn.Module, tensors: dict[str, Tensor], config: E2VPTConfig, adapter_name: str) -> int:
+    """Gives the heads of a further adapter their numbers of classes, and returns how many more than before."""
+    several = len(getattr(model, "peft_config", {})) > 1
+    gained = 0
+    for path, wrapper in wrappers(model):
+        prefix = f"{path}.modules_to_save.{adapter_name}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if not own:
+            continue
+        head = wrapper.modules_to_save[adapter_name]
+        values = head.state_dict()
+        different = [name for name, tensor in own.items() if tensor.shape != values[name].shape]
+        only_classes = all(own[name].shape[1:] == values[name].shape[1:] for name in different)
+        if different and not (several and only_classes and can_resize(head, different)):
+            name = different[0]
+            raise ValueError(_head_mismatch(model, f"{path}.{name}", own[name].shape, values[name].shape, config))
+        for name in different:
+            gained = resize(head, name, own[name])
+    return gained
+
+
+def _note_classes(model: nn.Module, config: E2VPTConfig, adapter_name: str, gained: int) -> None:
+    """Notes the classes of an adapter where they are not those of the base model."""
+    base = adapted_model(model)
+    classes: ClassesOfAdapters = getattr(base, CONTAINER).classes
+    if not hasattr(getattr(base, "config", None), "id2label"):
+        return
+    known = classes.of_base(base)
+    labels = config.labels or [f"LABEL_{index}" for index in range(len(known.id2label) + gained)]
+    generic = labels == [f"LABEL_{index}" for index in range(len(labels))]
+    if len(labels) != len(known.id2label) or not generic and labels != list(known.id2label.values()):
+        kind = (config.base_model_settings or {}).get("problem_type")
+        classes.add(base, adapter_name, named(labels, kind))
 
 
 def _refuse_names(missing: list[str], unknown: list[str], adapter_name: str) -> None:

@@ -3,16 +3,26 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import warnings
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..backbones.heads import find_heads, other_parts
+from ..backbones.module_names import Modules, lies_in
 from ..backbones.sites import AttentionSite
 from .config import E2VPTConfig
-from .prompt_layers import CONTAINER
+from .saved_modules import wrappers
+
+
+HEADS_OF_TEXT_MODELS = {  # names that PEFT adds to `modules_to_save` for a task type
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
 
 
 def matches(name: str, patterns: list[str] | str) -> bool:
@@ -20,10 +30,6 @@ def matches(name: str, patterns: list[str] | str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
-
-
-def _lies_in(name: str, module: str) -> bool:
-    return name == module or name.startswith(module + ".")
 
 
 def find_targets(model: nn.Module, config: E2VPTConfig, sites: dict[str, AttentionSite]) -> list[str]:
@@ -107,39 +113,77 @@ def _check_shallow(model: str, sites: list[AttentionSite]) -> None:
             )
 
 
-def check_modules_to_save(model: nn.Module, names: list[str], targets: list[str]) -> None:
-    """Checks that every name is that of a module without adapted self-attention.
+def own_copy(config: E2VPTConfig) -> E2VPTConfig:
+    """A copy of a user's config for one model, in which heads are noted; what PEFT added to the user's goes."""
+    names, added = config.modules_to_save, HEADS_OF_TEXT_MODELS.get(config.task_type or "", [])
+    if names is not None and added and names[-len(added) :] == added:
+        config.modules_to_save = names[: -len(added)] or None
+    return copy.deepcopy(config)
+
+
+def choose_heads(model: nn.Module, sites: list[AttentionSite], names: list[str] | None) -> list[str]:
+    """Paths of the modules that an adapter trains in full, each a name that PEFT takes for this module alone.
+
+    Args:
+        model: the model to adapt.
+        sites: its self-attentions.
+        names: the user's choice; `None` finds the head, with a warning where a task model has none that is known.
 
     Raises:
-        ValueError: a name is unknown, that of a single parameter, that of a module with an adapted attention, or that
-            of a quantised module.
+        ValueError: a name is unknown, stands for several modules or is that of a single parameter.
     """
-    modules = [name for name, _ in model.named_modules()]
-    parameters = [name for name, _ in model.named_parameters()]
+    if names is not None:
+        return _by_name(model, names)
+    heads = find_heads(model, sites)
+    parts = [] if heads else other_parts(model, sites)
+    if parts:
+        warnings.warn(
+            f"No head was found in {type(model).__name__}, so only prompts are trained and saved. If "
+            f"{' or '.join(parts)} is new for your task, pass modules_to_save=[{parts[-1]!r}]; modules_to_save=[] if "
+            "prompts are all you want to train.",
+            stacklevel=2,
+        )
+    return heads
+
+
+def _by_name(model: nn.Module, names: list[str]) -> list[str]:
+    modules = Modules(model)
+    paths = []
     for name in names:
-        adapted = [t for t in targets for module in modules if _lies_in(t, module) and module.endswith(name)]
+        try:
+            paths.append(modules.resolve(name))
+        except KeyError:
+            if any(matches(parameter, [name]) for parameter, _ in model.named_parameters()):
+                raise ValueError(
+                    f"modules_to_save names {name!r}, a single parameter of {type(model).__name__}; only whole "
+                    "modules can be saved: name the module that holds it."
+                ) from None
+            raise ValueError(
+                f"modules_to_save names {name!r}, which {type(model).__name__} does not have. Its parts are "
+                f"{', '.join(child for child in modules.children('') if modules.parameters(child))}."
+            ) from None
+    return modules.unambiguous(modules.outermost(paths))
+
+
+def check_heads(model: nn.Module, paths: list[str], targets: list[str]) -> None:
+    """Checks that modules can be trained in full beside prompts.
+
+    Raises:
+        ValueError: a module holds an adapted attention, or its weights are quantised.
+    """
+    modules = Modules(model)
+    for path in paths:
+        adapted = [target for target in targets if lies_in(target, path)]
         if adapted:
             raise ValueError(
-                f"modules_to_save names {name!r}, which holds the adapted self-attention {adapted[0]}: a module "
+                f"modules_to_save names {path!r}, which holds the adapted self-attention {adapted[0]}: a module "
                 "is either trained in full or adapted. Leave the attention out with exclude_modules."
             )
-        found = [module for path, module in model.named_modules() if matches(path, [name])]
-        if any(not parameter.is_floating_point() for module in found for parameter in module.parameters()):
+        if any(not parameter.is_floating_point() for parameter in modules.parameters(path)):
             raise ValueError(
-                f"The weights of {name!r} are quantised, so it cannot be trained in full. Leave it out when the model "
-                f"is loaded: BitsAndBytesConfig(..., llm_int8_skip_modules=[{name!r}])."
+                f"The weights of {path!r} are quantised, so it cannot be trained in full. Leave it out when the model "
+                f"is loaded: BitsAndBytesConfig(..., llm_int8_skip_modules=[{path!r}])."
             )
-        if found:
-            continue
-        if any(matches(parameter, [name]) for parameter in parameters):
-            raise ValueError(
-                f"modules_to_save names {name!r}, a single parameter of {type(model).__name__}; only whole "
-                "modules can be saved: name the module that holds it."
-            )
-        children = ", ".join(child for child, _ in model.named_children() if child != CONTAINER)
-        raise ValueError(
-            f"modules_to_save names {name!r}, which {type(model).__name__} does not have. Its parts are {children}."
-        )
 
 
 def _cast_to_weight(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -156,8 +200,8 @@ def cast_heads(model: nn.Module, adapter_name: str, to_float32: bool) -> None:
         adapter_name: name of the adapter.
         to_float32: whether heads in half precision are trained in float32.
     """
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+    for _, module in wrappers(model):
+        if adapter_name in module.modules_to_save:
             head = module.modules_to_save[adapter_name]
             dtypes = {parameter.dtype for parameter in head.parameters()}
             if to_float32 and dtypes & {torch.float16, torch.bfloat16}:
