@@ -3,7 +3,7 @@
 
     python -m docs.backbones
 
-It takes about six minutes on two cores. The timm models need torchvision (see `CONTRIBUTING.md`); without it their
+It takes about ten minutes on two cores. The timm models need torchvision (see `CONTRIBUTING.md`); without it their
 lines say so.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from docs import task_heads
 from peft_e2vpt.tuner.prompt_layers import prompt_layers
 from tests.support import zoo
 from tests.support import zoo_checks as checks
@@ -84,7 +85,7 @@ def main() -> None:
         "\n## Refused\n\nModels without attention over tokens get a `ValueError` that names what they have instead: "
     )
     text += f"{refused}. So do attentions that are linear, additive or over channels, and neighbourhood attention.\n"
-    (DOCS / "backbones.md").write_text(text)
+    (DOCS / "backbones.md").write_text(f"{text}\n{task_heads.section()}")
 
 
 if __name__ == "__main__":

@@ -168,6 +168,11 @@ def segments() -> None:
     get_peft_model(vit(), config_of(num_segments=7))
 
 
+@under("A name in `modules_to_save` is the ending of several modules")
+def several_endings() -> None:
+    get_peft_model(vit(), config_of(modules_to_save=["layernorm_before"]))
+
+
 @under("`modules_to_save` names something that the model does not have")
 def unknown_head() -> None:
     get_peft_model(vit(), config_of(modules_to_save=["head"]))
@@ -405,12 +410,12 @@ def mixed_training() -> None:
     adapted().train()(pixel_values=batch()["pixel_values"], adapter_names=["default"] * 4)
 
 
-@under("The adapters of a batch have different numbers of classes")
+@under("The heads of the adapters in a batch give outputs of different shapes")
 def different_heads() -> None:
     model = adapted()
     model.add_adapter("flowers", config_of())
     head = model.get_base_model().classifier
-    head.modules_to_save["flowers"] = nn.Linear(32, 7)
+    head.modules_to_save["flowers"] = nn.Sequential(nn.Linear(32, 6), nn.Unflatten(1, (2, 3)))
     model.eval()(pixel_values=batch()["pixel_values"], adapter_names=["default", "flowers"] * 2)
 
 

@@ -182,12 +182,31 @@ def test_shallow_adapters_are_refused():
         at_once(model, pixels, ["a", "shallow", "a"])
 
 
-def test_heads_of_different_sizes_are_refused_by_name():
+def test_logits_of_narrower_heads_are_filled_up_with_minus_infinity():
     model, pixels = with_adapters("vit", ALIKE)
     model.get_base_model().classifier.modules_to_save["b"] = nn.Linear(32, 7)
-    with pytest.raises(ValueError, match=r"heads classifier.*'a' has \[\(5, 32\), \(5,\)\], 'b' has \[\(7, 32\)"):
+    found = at_once(model, pixels, ["a", "b", "a", "c"])
+    assert found.shape == (4, 7)
+    assert torch.equal(found.isinf(), torch.tensor([[i != 1 and j > 4 for j in range(7)] for i in range(4)]))
+    torch.testing.assert_close(found[[0, 2, 3], :5], at_once(model, pixels, ["a", "c", "a", "c"])[[0, 2, 3]])
+
+
+def test_heads_of_any_class_take_mixed_batches():
+    """PEFT's own wrapper splits batches for plain layers only."""
+    model, pixels = with_adapters("vit", ALIKE)
+    heads = model.get_base_model().classifier.modules_to_save
+    for name in heads:
+        heads[name] = nn.Sequential(heads[name], nn.Tanh())
+    adapter_names = ["c", "a", BASE, "b"]
+    found = at_once(model, pixels, adapter_names)
+    torch.testing.assert_close(found, one_by_one(model, pixels, adapter_names), atol=1e-5, rtol=1e-5)
+
+
+def test_outputs_that_are_no_one_tensor_are_refused_by_name():
+    model, pixels = with_adapters("vit", ALIKE)
+    model.get_base_model().classifier.modules_to_save["b"] = nn.Sequential(nn.Linear(32, 6), nn.Unflatten(1, (2, 3)))
+    with pytest.raises(ValueError, match=r"heads classifier differ in more.*'a' gives \(5,\), 'b' gives \(2, 3\)"):
         at_once(model, pixels, ["a", "b", "a", "c"])
-    at_once(model, pixels, ["a", "c", "a", "c"])
 
 
 # ----------------------------------------------------------------------------------------------- what it leaves behind
