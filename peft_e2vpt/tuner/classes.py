@@ -59,6 +59,11 @@ class ClassesOfAdapters:
         self.remove(model, adapter_name)
         self._own[adapter_name] = classes
 
+    def share(self, model: nn.Module, adapter_name: str, new_name: str) -> None:
+        """Gives a new adapter the classes of another one."""
+        if adapter_name in self._own:
+            self.add(model, new_name, _read(model) if self._shown == adapter_name else self._own[adapter_name])
+
     def remove(self, model: nn.Module, adapter_name: str) -> None:
         """Forgets the classes of an adapter."""
         if self._shown == adapter_name:

@@ -264,6 +264,7 @@ class E2VPTModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         self._cast_adapter_dtype(adapter_name)
         combine(self.model, adapters, weights, adapter_name)
+        self._classes.share(self.model, adapters[0], adapter_name)
 
     # ------------------------------------------------------------------------------------------------ giving back
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import E2VPTConfig
 from .prompt_layers import prompt_layers
+from .saved_modules import resize
 
 
 def _heads(model: nn.Module, adapter_names: list[str]) -> list[ModulesToSaveWrapper]:
@@ -98,6 +99,9 @@ def combine(model: nn.Module, adapter_names: list[str], weights: list[float], ne
             prompts.copy_(_weighted_sum(rows, weights))
     for head in _heads(model, adapter_names):
         states = [head.modules_to_save[name].state_dict() for name in adapter_names]
+        for key, tensor in head.modules_to_save[new_name].state_dict().items():
+            if tensor.shape != states[0][key].shape:  # other classes than the base model's
+                resize(head.modules_to_save[new_name], key, states[0][key])
         for key, tensor in head.modules_to_save[new_name].state_dict().items():
             tensors = [state[key] for state in states]
             tensor.copy_(_weighted_sum(tensors, weights) if tensor.is_floating_point() else tensors[0])

@@ -143,6 +143,25 @@ def test_the_classes_of_each_adapter_survive_a_copy(saved: tuple[Path, dict[str,
     assert model.config.num_labels == 102 and torch.equal(logits(model), saved[1]["flowers"])
 
 
+def test_a_weighted_sum_has_the_classes_of_its_parts(saved: tuple[Path, dict[str, Tensor]]) -> None:
+    model = both(saved[0])
+    model.load_adapter(saved[0] / "flowers", "again")
+    model.add_weighted_adapter(["flowers", "again"], [0.5, 0.5], "sum")
+    model.set_adapter("sum")
+    assert model.config.id2label == names_of("flowers")
+    torch.testing.assert_close(logits(model.eval()), saved[1]["flowers"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_empty_model_takes_the_values_of_other_classes(
+    saved: tuple[Path, dict[str, Tensor]], low_cpu_mem_usage: bool
+) -> None:
+    model = PeftModel.from_pretrained(backbone(37), saved[0] / "pets", "pets", low_cpu_mem_usage=low_cpu_mem_usage)
+    model.load_adapter(saved[0] / "flowers", "flowers", low_cpu_mem_usage=low_cpu_mem_usage)
+    model.set_adapter("flowers")
+    assert torch.equal(logits(model.eval()), saved[1]["flowers"])
+
+
 # ------------------------------------------------------------------------------------------------------ mixed batches
 def test_a_mixed_batch_fills_up_with_minus_infinity(saved: tuple[Path, dict[str, Tensor]]) -> None:
     folder, answers = saved
