@@ -30,6 +30,11 @@ share of the base model that is trained, head and prompts together. *prompts onl
 language model, whose output embeddings stay as they are, or two towers that are compared. What `from_pretrained` draws
 anew outside the backbone is trained as well. `tests/backbones/test_every_task.py` holds this.
 
+In a model of timm the head is its classifier, in a model of your own what lies beside the backbone (`self.fc`), other
+encoders left out; where none is found, a warning names candidates. `modules_to_save=[...]` chooses otherwise: full
+paths, or endings of paths that belong to one module. PEFT matches endings anywhere in a model; here a name stands for
+one module, and a module list for its parts. Parts that share weights share them in the adapter too.
+
 """
 
 

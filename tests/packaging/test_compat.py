@@ -73,6 +73,7 @@ OVERRIDDEN = [  # (class of another package, ours, method)
         for name in (
             "_cast_adapter_dtype",
             "_check_target_module_exists",
+            "_check_tied_modules",
             "_create_and_replace",
             "_get_adapter_state_dict",
             "_pre_injection_hook",
@@ -120,6 +121,7 @@ ATTRIBUTES: dict[str, Any] = {  # where each private attribute that is read or s
     "_get_adapter_state_dict": lambda: BaseTuner,
     "_hf_hook": lambda: add_hook_to_module(nn.Linear(1, 1), AlignDevicesHook()),
     "_init_weights": lambda: PreTrainedModel,
+    "_is_hf_initialized": lambda: inspect.getsource(PreTrainedModel._initialize_missing_keys),
     "_last_lr": lambda: LambdaLR(_optimizer(), lambda step: 1.0),
     "_load_from_state_dict": lambda: nn.Module,
     "_prepare_inputs": lambda: Trainer,
