@@ -7,6 +7,7 @@ import ast
 import inspect
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -113,6 +114,13 @@ def _optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
 
 
+def _loaded_parameter() -> nn.Parameter:
+    with TemporaryDirectory() as folder:
+        model, _ = build("vit")
+        model.save_pretrained(folder)
+        return next(type(model).from_pretrained(folder).parameters())
+
+
 ATTRIBUTES: dict[str, Any] = {  # where each private attribute that is read or set comes from
     "_attn_implementation": lambda: build("vit")[0].config,
     "_cast_adapter_dtype": lambda: BaseTuner,
@@ -121,7 +129,7 @@ ATTRIBUTES: dict[str, Any] = {  # where each private attribute that is read or s
     "_get_adapter_state_dict": lambda: BaseTuner,
     "_hf_hook": lambda: add_hook_to_module(nn.Linear(1, 1), AlignDevicesHook()),
     "_init_weights": lambda: PreTrainedModel,
-    "_is_hf_initialized": lambda: inspect.getsource(PreTrainedModel._initialize_missing_keys),
+    "_is_hf_initialized": _loaded_parameter,
     "_last_lr": lambda: LambdaLR(_optimizer(), lambda step: 1.0),
     "_load_from_state_dict": lambda: nn.Module,
     "_prepare_inputs": lambda: Trainer,
