@@ -55,6 +55,9 @@ from tests.support.training import (
 )
 
 
+pytestmark = pytest.mark.training
+
+
 BOUNDARY, STEPS = 12, 24
 BACKBONES = ("vit", "dinov2", "swin", "clip")
 
@@ -596,6 +599,7 @@ def test_float16_with_scaled_gradients(tmp_path: Path) -> None:
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
+@pytest.mark.compile
 def test_a_compiled_model_prunes_the_same(tmp_path: Path) -> None:
     gates = []
     for compiled in (False, True):

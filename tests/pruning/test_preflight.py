@@ -24,6 +24,9 @@ from ..support.models import build
 from ..support.training import HALF, SETTINGS, Images, Watch, adapted, arguments, state_of, trainer_for
 
 
+pytestmark = pytest.mark.training
+
+
 SEARCH: dict[str, Any] = {"token_ratios": [0.5], "segment_ratios": [0.5]}
 
 

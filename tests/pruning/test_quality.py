@@ -32,6 +32,9 @@ from ..support.tasks import TASKS, Task
 from ..support.training import Images, Watch, adapted, arguments, trainer_for
 
 
+pytestmark = pytest.mark.training
+
+
 SEARCH: dict[str, Any] = {"token_ratios": [0.5], "segment_ratios": [0.5], "min_segments": 1}
 CALLBACK: dict[str, Any] = {**SEARCH, "prune_after": 1, "unit": "steps"}
 
