@@ -32,7 +32,7 @@ FORMER_PATHS = {
     "layer": ("tuner.layer", "tuner"),
     "loading": ("hub.loading",),
     "measuring": ("evaluation",),
-    "merging": ("tuner.rows",),
+    "merging": ("tuner.prompts",),
     "mixed_batch": ("tuner.mixed_batch",),
     "model": ("tuner.model",),
     "pictures": ("images",),

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import nn
 
 from .._compat import METHOD, peft_type
-from .classes import classes_shown
+from .heads import classes_shown
 
 
 FORMAT_VERSION = 1  # of adapter_config.json and adapter_model.safetensors; counts up when older readers would go wrong

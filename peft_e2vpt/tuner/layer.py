@@ -15,9 +15,8 @@ from .._compat import BufferDict, offload_device
 from ..attention import interface, torch_function
 from ..attention.rows import MixedBatch, Rows, one_per_sample, side_by_side
 from ..backbones.sites import AttentionSite
-from . import rows as prompt_rows
 from .config import E2VPTConfig
-from .prompts import Prompts
+from .prompts import Prompts, as_scored, constant_rows, rows_of_constants, rows_of_prompts
 
 
 def _refresh_gates_after_load(layer: E2VPTLayer, incompatible_keys: Any) -> None:
@@ -156,7 +155,7 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
         if self.disable_adapters:
             return None
         rows = self._rows_of_adapters(num_sequences, dtype)
-        return None if rows is None else prompt_rows.as_scored(self.site, rows)
+        return None if rows is None else as_scored(self.site, rows)
 
     def _rows_of_adapters(self, num_sequences: int, dtype: torch.dtype) -> Rows | None:
         num_samples = num_sequences if self.num_samples is None else self.num_samples
@@ -175,13 +174,13 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
         if adapter_name not in self.e2vpt_config:
             return []
         if adapter_name in self.e2vpt_merged_rows and not self.training and self.gate_override is None:
-            return [prompt_rows.of_constants(self, adapter_name, self.e2vpt_merged_rows[adapter_name])]
-        return prompt_rows.computed(self, adapter_name, num_samples, dtype)
+            return [rows_of_constants(self, adapter_name, self.e2vpt_merged_rows[adapter_name])]
+        return rows_of_prompts(self, adapter_name, num_samples, dtype)
 
     def computed_rows(self, adapter_name: str) -> Tensor:
         """The rows of an adapter without dropout and gradient: keys and values, a tensor (2, 1, H, P, d)."""
         _, dtype = self._get_base_layer_device_and_dtype(self.site.attention)
-        return prompt_rows.to_constants(self, adapter_name, dtype or torch.get_default_dtype())
+        return constant_rows(self, adapter_name, dtype or torch.get_default_dtype())
 
     # --------------------------------------------------------------------------------------------- rows as constants
     @property

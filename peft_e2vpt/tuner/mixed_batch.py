@@ -14,8 +14,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..attention.rows import MixedBatch
+from .heads import wrappers
 from .prompt_layers import gates_on, prompt_layers
-from .saved_modules import wrappers
 
 
 BASE = "__base__"  # PEFT's name for no adapter

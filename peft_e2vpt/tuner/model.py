@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from .._compat import ExcludedModule
 from ..backbones.heads import has_input_embeddings
 from ..backbones.sites import find_attention_sites
-from .classes import ClassesOfAdapters
 from .config import E2VPTConfig
+from .heads import ClassesOfAdapters, unwrap_unused, wrap
 from .layer import E2VPTLayer
 from .mixed_batch import BASE, check_adapter_names, one_adapter_per_sample
 from .prompt_layers import CONTAINER, PromptLayers, restore_base_model, tag
-from .saved_modules import unwrap_unused, wrap
 from .shallow import ShallowInsertion
 from .state_dict import fit_to_model, without_pruned_values
 from .summary import PromptSummary, summarise
 from .targets import cast_heads, check_heads, check_sites, choose_heads, find_targets, matches, own_copy
-from .weighted import check_weights, combine, combined_config
 
 
 class E2VPTModel(BaseTuner):
@@ -254,6 +252,8 @@ class E2VPTModel(BaseTuner):
             ValueError: a name or number of weights is wrong, an adapter is in shallow mode, or the adapters differ in
                 the attentions they adapt, their numbers of rows, or their heads.
         """
+        from .weighted import check_weights, combine, combined_config  # few models need it
+
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         check_weights(adapters, weights)

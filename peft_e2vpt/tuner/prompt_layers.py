@@ -14,9 +14,8 @@ from transformers.utils import ModelOutput
 
 from ..attention.interface import running_as
 from ..backbones.sites import AttentionSite
-from .classes import ClassesOfAdapters
+from .heads import ClassesOfAdapters, unwrap, wrappers
 from .layer import E2VPTLayer
-from .saved_modules import unwrap, wrappers
 from .shallow import ShallowInsertion
 
 

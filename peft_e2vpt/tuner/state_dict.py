@@ -8,11 +8,10 @@ from difflib import get_close_matches
 import torch
 from torch import Size, Tensor, nn
 
-from .classes import ClassesOfAdapters, named
 from .config import E2VPTConfig
 from .gates import kept_values
+from .heads import ClassesOfAdapters, can_resize, named, resize, wrappers
 from .prompt_layers import CONTAINER, adapted_model, prompt_layers
-from .saved_modules import can_resize, resize, wrappers
 
 
 def without_pruned_values(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:

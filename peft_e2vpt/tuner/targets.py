@@ -15,7 +15,7 @@ from ..backbones.heads import find_heads, other_parts
 from ..backbones.module_names import Modules, lies_in
 from ..backbones.sites import AttentionSite
 from .config import E2VPTConfig
-from .saved_modules import wrappers
+from .heads import wrappers
 
 
 HEADS_OF_TEXT_MODELS = {  # names that PEFT adds to `modules_to_save` for a task type

@@ -10,8 +10,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import E2VPTConfig
+from .heads import resize
 from .prompt_layers import prompt_layers
-from .saved_modules import resize
 
 
 def _heads(model: nn.Module, adapter_names: list[str]) -> list[ModulesToSaveWrapper]:

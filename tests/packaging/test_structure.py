@@ -28,7 +28,7 @@ ARROWS = {
     "plotting": {"attention_maps", "pruning"},
     "hub": {"_compat", "backbones", "plotting", "pruning", "tuner"},
 }
-MOST_BELOW_THE_TUNER = 24
+MOST_BELOW_THE_TUNER = 20
 
 
 def name_of(file: Path) -> str:
