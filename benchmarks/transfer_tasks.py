@@ -7,7 +7,7 @@
 |---|---|---|---|---|
 | digits | natural | handwritten digits, 8x8 | BSD | `pip install scikit-learn` |
 | fashion | natural | Fashion-MNIST, 28x28 | MIT | `apt install dataset-fashion-mnist` (Debian) |
-| emoji | natural | emoji in 8 groups, drawn by two vendors | Apache-2.0, CC-BY-4.0 | npm, by itself |
+| emoji | natural | emoji in 8 groups, drawn by two vendors | Apache-2.0, CC-BY-4.0 | npm, automatically |
 | solar | specialised | photographs of solar cells | CC-BY-NC-SA-4.0 | `pip install elpv-dataset` |
 | textile | specialised | weave: nominal, local or global defect | MIT | `pip install conformal-clip-data` |
 | count | structured | 1 to 6 discs | drawn | |

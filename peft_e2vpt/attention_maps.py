@@ -50,7 +50,7 @@ class AttentionMap:
     num_prefix_tokens: int
 
     def between_tokens(self) -> Tensor:
-        """The weights (B, H, N, N') on tokens, divided by their sum: the attention that is left to the picture."""
+        """The weights (B, H, N, N') on tokens, divided by their sum: the attention that is left to the image."""
         weights = self.weights[..., self.kinds == TOKEN]
         return weights / weights.sum(-1, keepdim=True)
 
@@ -90,7 +90,7 @@ def attention_maps(
         num_prefix_tokens: class and register tokens before the patches; by default what is known of the backbone.
 
     Raises:
-        ValueError: the model has no E2VPT adapter; an attention computes its weights by itself, without transformers'
+        ValueError: the model has no E2VPT adapter; an attention computes its weights without transformers'
             attention interface (Swin-V2, Hiera, timm's models, ...), or does not return them (SAM 2, Qwen-VL, ...);
             the number of prefix tokens is not known; or the samples have different adapters.
     """
@@ -158,7 +158,7 @@ def _visit(
     for layer in layers:
         if layer.attention_path != "interface":
             raise ValueError(
-                f"{layer.site.name} ({type(layer.site.attention).__name__}) computes its attention by itself, so that "
+                f"{layer.site.name} ({type(layer.site.attention).__name__}) computes its own attention, so that "
                 "its weights cannot be read; only attentions that ask transformers' attention interface return them."
             )
     if "adapter_names" in inputs:

@@ -41,7 +41,7 @@ def push_to_hub(
     commit_message: str = "Upload E2VPT adapter",
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Uploads an adapter to the Hub with a card made for it: what it is, what is alive in it, how to load it.
+    """Uploads an adapter to the Hub with a card made for it: what it is, what is kept in it, how to load it.
 
     ```python
     trainer.train()

@@ -219,7 +219,7 @@ def prune_to_percentage(
     Args:
         model: a PEFT model with E2VPT.
         scores: importance of its prompts and segments.
-        max_tuned_percentage: tuned values in percent of all values, between 0 and 100.
+        max_tuned_percentage: trained parameters in percent of all, between 0 and 100.
         adapter_name: which adapter, by default the active one.
         min_tokens: prompts that stay in every layer at least.
         min_segments: segments that stay in every prompt at least.

@@ -31,7 +31,7 @@ class PruningReport:
         segment_gates: 1 for segments that stay, (L, M, R).
         tuned_values_before: trained values with the head, before pruning.
         tuned_values_after: the same after.
-        tuned_percentage_before: tuned values in percent of the model, before pruning.
+        tuned_percentage_before: trained parameters in percent of the model, before pruning.
         tuned_percentage_after: the same after.
         candidates: where prunings were searched, each with its ratios, values and quality.
         chosen: index of the chosen candidate.

@@ -202,7 +202,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("hiera", "computes its attention by itself"),
+        ("hiera", "computes its own attention"),
         ("sam2_hiera", r"\(Sam2MultiScaleAttention\) does not return its attention weights"),
         ("qwen2_vl_vision", "does not return its attention weights"),
     ],
