@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import DataLoaderStateMixin
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -100,7 +101,8 @@ def _share_of(trainer: Trainer, dataloader: Any) -> DataLoader[Any]:
 
 
 def _can_collate(trainer: Trainer, dataset: Any, indices: range, collate: Any) -> bool:
-    with no_trace(trainer.model, (), trainer.args.seed):
+    # without the model: only some processes have a tail, and those that share a model must treat it alike
+    with no_trace(nn.Module(), (), trainer.args.seed):
         try:
             collate([dataset[i] for i in indices])
         except (AssertionError, RuntimeError, ValueError) as error:
