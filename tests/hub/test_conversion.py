@@ -34,7 +34,13 @@ def fresh(case: Case) -> Any:
     return base
 
 
-@pytest.mark.parametrize("case", CONVERTIBLE, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if index % 8 == 0 else pytest.mark.thorough)
+        for index, case in enumerate(CONVERTIBLE)
+    ],
+)
 def test_a_converted_checkpoint_has_the_released_logits(tmp_path: Path, case: Case) -> None:
     checkpoint = read_checkpoint(write(tmp_path, {"model": checkpoint_of(case), "iteration": 3}))
     with warnings.catch_warnings():

@@ -607,7 +607,7 @@ def test_what_cannot_be_scored_is_said_clearly() -> None:
         score_prompts(model, [batch], loss_fn=lambda model, batch: other(**batch).loss)
     with model.disable_adapter(), pytest.raises(ValueError, match="not the active one"):
         score_prompts(model, [batch])
-    with pytest.raises(TypeError, match="A batch is a dictionary .*, got a tuple: let the data set return"):
+    with pytest.raises(TypeError, match="A batch is a dictionary .*, got a tuple: let the dataset return"):
         score_prompts(model, [tuple(batch.values())])
     with pytest.raises(FloatingPointError, match="not finite"):
         score_prompts(model, [{**batch, "pixel_values": torch.full_like(batch["pixel_values"], torch.nan)}])

@@ -61,6 +61,7 @@ def measured_alone(model: PeftModel, scores: ImportanceScores, tokens: float, se
     return right / count, likely / count
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("settings", [{}, {"pruned_prompts": "zero"}, {"gate_scope": "model"}], ids=str)
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_candidate_measures_what_the_model_pruned_so_gives(name: str, settings: dict[str, Any]) -> None:
