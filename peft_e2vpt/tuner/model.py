@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from .._compat import ExcludedModule
 from ..backbones.heads import has_input_embeddings
@@ -21,12 +20,12 @@ from .layer import E2VPTLayer
 from .mixed_batch import BASE, check_adapter_names, one_adapter_per_sample
 from .prompt_layers import CONTAINER, PromptLayers, restore_base_model, tag
 from .shallow import ShallowInsertion
-from .state_dict import fit_to_model, without_pruned_values
+from .state_dict import TunerOnDisk
 from .summary import PromptSummary, summarise
 from .targets import cast_heads, check_heads, check_sites, choose_heads, find_targets, matches, own_copy
 
 
-class E2VPTModel(BaseTuner):
+class E2VPTModel(TunerOnDisk):
     """The E2VPT tuner; `get_peft_model(model, E2VPTConfig())` makes one.
 
     Prompts and gates live in a child `e2vpt` of the base model, numbered by attention, so that the names in a saved
@@ -292,51 +291,3 @@ class E2VPTModel(BaseTuner):
         container = getattr(self.model, CONTAINER, None)
         if container is not None and adapter_name in container.insertions:
             container.insertions.pop(adapter_name).detach()
-
-    # ------------------------------------------------------------------------------------------------------- on disk
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: E2VPTConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        """The adapter's tensors; of pruned visual prompts only the kept values, a tensor (values,).
-
-        PEFT asks for them right before it saves `config`, which then tells of the model that it belongs to.
-        """
-        config.belongs_to(model, adapter_name)
-        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
-        # not what another method has put into the model under the same name
-        tensors = {key: tensor for key, tensor in tensors.items() if ".e2vpt_" in key or ".modules_to_save." in key}
-        return without_pruned_values(model, tensors, adapter_name)
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        if ".e2vpt_" in key:
-            return key.removesuffix(f".{adapter_name}")
-        return str(super()._remove_adapter_name_from_key(key, adapter_name))
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: E2VPTConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The tensors of a file as the model takes them."""
-        tuner = getattr(model, "base_model", None)
-        try:
-            remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-                model, config, adapter_name, state_dict
-            )
-            fitting = fit_to_model(model, remapped, config, adapter_name)
-        except (KeyError, ValueError):
-            if config.waits_for_values and isinstance(tuner, E2VPTModel):
-                tuner.delete_adapter(adapter_name)  # it has no values but those it was made with
-            raise
-        config.waits_for_values = False
-        if isinstance(tuner, E2VPTModel):
-            tuner._show_classes()
-        return fitting

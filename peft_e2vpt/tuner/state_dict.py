@@ -3,15 +3,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from difflib import get_close_matches
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Size, Tensor, nn
 
 from .config import E2VPTConfig
 from .gates import kept_values
 from .heads import ClassesOfAdapters, can_resize, named, resize, wrappers
 from .prompt_layers import CONTAINER, adapted_model, prompt_layers
+
+
+class TunerOnDisk(BaseTuner):
+    """The part of the tuner that PEFT asks for the tensors of an adapter: when it is saved, and when it is loaded."""
+
+    _show_classes: Callable[[], None]  # of the whole tuner
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: E2VPTConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors; of pruned visual prompts only the kept values, a tensor (values,).
+
+        PEFT asks for them right before it saves `config`, which then tells of the model that it belongs to.
+        """
+        config.belongs_to(model, adapter_name)
+        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        # not what another method has put into the model under the same name
+        tensors = {key: tensor for key, tensor in tensors.items() if ".e2vpt_" in key or ".modules_to_save." in key}
+        return without_pruned_values(model, tensors, adapter_name)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if ".e2vpt_" in key:
+            return key.removesuffix(f".{adapter_name}")
+        return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: E2VPTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors of a file as the model takes them."""
+        tuner = getattr(model, "base_model", None)
+        try:
+            remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+                model, config, adapter_name, state_dict
+            )
+            fitting = fit_to_model(model, remapped, config, adapter_name)
+        except (KeyError, ValueError):
+            if config.waits_for_values and isinstance(tuner, TunerOnDisk):
+                tuner.delete_adapter(adapter_name)  # it has no values but those it was made with
+            raise
+        config.waits_for_values = False
+        if isinstance(tuner, TunerOnDisk):
+            tuner._show_classes()
+        return fitting
 
 
 def without_pruned_values(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
