@@ -20,6 +20,7 @@ from peft_e2vpt import E2VPTConfig
 from tests.support import zoo
 from tests.support.adapted import trainable
 from tests.support.zoo import randomise_
+from tests.support.zoo_marks import parameters
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -354,7 +355,7 @@ def test_unload_gives_the_base_model_back(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [spec.name for spec in zoo.ZOO if spec.attention and re.search("For[A-Z]", spec.model)]
+    "name", parameters([spec.name for spec in zoo.ZOO if spec.attention and re.search("For[A-Z]", spec.model)])
 )
 def test_a_tiny_model_of_the_zoo_is_loaded_with_its_head(name: str, tmp_path: Path) -> None:
     if reason := zoo.missing(name):

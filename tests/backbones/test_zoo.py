@@ -10,19 +10,10 @@ from peft import get_peft_model
 
 from tests.support import zoo
 from tests.support import zoo_checks as checks
+from tests.support.zoo_marks import ONE_OF_EACH_KIND, marks_of, parameters
 
 
 NAMES = zoo.names(attention=True)
-ONE_OF_EACH_KIND = {"vit", "swin", "sam_vision", "hiera", "vitdet", "cvt", "levit", "bridgetower_vision"}
-
-
-def marks_of(name: str) -> list[Any]:
-    marks = [] if name in ONE_OF_EACH_KIND else [pytest.mark.thorough]
-    return [*marks, pytest.mark.timm] if zoo.is_timm(name) else marks
-
-
-def parameters(names: list[str]) -> list[Any]:
-    return [pytest.param(name, marks=marks_of(name)) for name in names]
 
 
 def cases(statements: tuple[checks.Statement, ...], names: list[str]) -> list[Any]:

@@ -168,7 +168,7 @@ QWEN = dict(depth=2, num_heads=2, patch_size=8, in_channels=3, spatial_merge_siz
 def timm_args(arch, img=32, inputs=None, note="", suffix="", **model_args):
     return S(f"timm_{arch.split('_patch')[0]}{suffix}", "timm", "TimmWrapperForImageClassification",
              "TimmWrapperConfig", dict(architecture=arch, model_args=model_args, num_labels=5),
-             inputs or pixels(img), needs=("timm",), note=note)
+             inputs or pixels(img), needs=("timm", "torchvision"), note=note)
 
 
 T = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)

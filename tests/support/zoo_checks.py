@@ -7,7 +7,6 @@ measured. `applies` says to which models a statement applies.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -69,8 +68,6 @@ def config(**changes: Any) -> E2VPTConfig:
 
 def missing(name: str) -> str | None:
     """Why a model cannot be built here."""
-    if zoo.is_timm(name) and importlib.util.find_spec("torchvision") is None:
-        return "timm needs torchvision"
     try:
         return zoo.missing(name)
     except ModuleNotFoundError as error:  # older transformers import torchvision for some models
