@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 
 from PIL import Image
@@ -22,6 +23,11 @@ EMOJI_VERSION = "16.0.0"
 VENDORS = ("google", "twitter")
 
 
+def archive_path(vendor: str) -> Path:
+    """Where the archive of one vendor is kept."""
+    return CACHE / f"emoji-datasource-{vendor}-{EMOJI_VERSION}.tgz"
+
+
 def emoji_archive(vendor: str) -> Path:
     """Returns the archive of one vendor, fetched first if it is not there yet.
 
@@ -29,15 +35,17 @@ def emoji_archive(vendor: str) -> Path:
         FileNotFoundError: the archive is not there, and npm is not, or found no registry.
     """
     name = f"emoji-datasource-{vendor}"
-    path = CACHE / f"{name}-{EMOJI_VERSION}.tgz"
+    path = archive_path(vendor)
     if not path.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
-        try:
-            subprocess.run(["npm", "pack", "--silent", f"{name}@{EMOJI_VERSION}"], cwd=CACHE, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise FileNotFoundError(
-                f"`npm pack {name}@{EMOJI_VERSION}` in {CACHE} failed: install npm, or put the archive there."
-            ) from error
+        with tempfile.TemporaryDirectory(dir=CACHE) as unfinished:  # another process never sees half an archive
+            try:
+                subprocess.run(["npm", "pack", "--silent", f"{name}@{EMOJI_VERSION}"], cwd=unfinished, check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise FileNotFoundError(
+                    f"`npm pack {name}@{EMOJI_VERSION}` failed: install npm, or put the archive into {CACHE}."
+                ) from error
+            (Path(unfinished) / path.name).replace(path)
     return path
 
 

@@ -158,8 +158,9 @@ def run_method(method: str, recipe: Recipe, args: RecipeArguments, head: dict[st
     args.learning_rate = args.learning_rate or LEARNING_RATES[method]
     args.metric_for_best_model, args.greater_is_better = recipe.metrics[0], True
     callbacks = []
+    if method in ("frozen-head", "e2vpt-pruned"):
+        args.num_train_epochs *= 2  # until it has settled; before pruning and after
     if method == "e2vpt-pruned":
-        args.num_train_epochs *= 2  # before pruning and after, each with its own warm-up and decay
         callbacks.append(PruneRewindCallback(token_ratios=(0.2, 0.4, 0.6, 0.8), segment_ratios=(0.25, 0.5)))
     trainer = Trainer(
         model,
@@ -198,7 +199,7 @@ def run_method(method: str, recipe: Recipe, args: RecipeArguments, head: dict[st
 
 
 def run(name: str, recipe: Recipe, args: RecipeArguments) -> list[dict[str, Any]]:
-    """Runs every method, each from the head that the first has trained, and prints their table."""
+    """Runs every method, each from the head that `frozen-head` has trained before, and prints their table."""
     head: dict[str, torch.Tensor] = {}
     rows = []
     for method in args.method:

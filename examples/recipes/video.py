@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     for part, count in sizes(args, train=240, validation=60, test=240).items():
         clips = [make_clip(part, number, args.image_size, FRAMES) for number in range(count)]
         splits[part] = [
-            {"pixel_values": torch.as_tensor(pixels(frames)), "labels": torch.tensor(label)} for frames, label in clips
+            {"pixel_values": pixels(frames).reshape(FRAMES, 3, *[args.image_size] * 2), "labels": torch.tensor(label)}
+            for frames, label in clips
         ]
     return run("video", Recipe(build_model, splits, compute_metrics, ("accuracy",)), args)
 
