@@ -6,7 +6,7 @@
             python examples/recipes/$recipe.py --prune --seed $seed --results benchmarks/results/recipes.jsonl
         done
     done
-    python benchmarks/recipes_table.py benchmarks/results/recipes.jsonl [--recipe detection]
+    python -m benchmarks.recipes_table benchmarks/results/recipes.jsonl [--recipe detection]
 
 Metrics are means over the seeds, with the standard deviation in brackets; times are the least of the seeds.
 """
@@ -15,14 +15,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from json_lines import read_lines  # noqa: E402
+from examples.json_lines import read_lines
 
 
 Row = dict[str, Any]
@@ -48,9 +44,7 @@ def table(rows: list[Row]) -> str:
         percent = 100 * trained / members[0]["parameters"]
         numbers = " | ".join(cell([row["metrics"][name] for row in members]) for name in names)
         least = [min(row[name] for row in members) for name in ("seconds", "cpu_seconds")]
-        lines.append(
-            f"| {method} | {trained:,.0f} | {percent:.2f} | {numbers} | {least[0]:.0f} | {least[1]:.0f} |"
-        )
+        lines.append(f"| {method} | {trained:,.0f} | {percent:.2f} | {numbers} | {least[0]:.0f} | {least[1]:.0f} |")
     return "\n".join(lines)
 
 

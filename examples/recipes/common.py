@@ -35,6 +35,7 @@ from transformers import (  # noqa: E402
 )
 
 from peft_e2vpt import E2VPTConfig, PruneRewindCallback  # noqa: E402
+
 find_heads = lambda m, s: ["head"] if hasattr(m, "head") else ["classifier"]
 from peft_e2vpt.backbones.sites import find_attention_sites  # noqa: E402
 
@@ -66,7 +67,9 @@ class RecipeArguments(TrainingArguments):
     logging_steps: float = field(default=20, metadata={"help": "Steps between two logs."})
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints: `no`, `steps` or `epoch`."})
     disable_tqdm: bool = field(default=True, metadata={"help": "No progress bars."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave every column to the collate function."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Leave every column to the collate function."}
+    )
 
 
 class Recipe(NamedTuple):
@@ -132,7 +135,15 @@ def prepare(method: str, model: nn.Module, args: RecipeArguments) -> nn.Module:
     """Freezes the backbone; what `method` trains besides the head is added."""
     if method.startswith("e2vpt"):
         layers = list(range(6, 12)) if args.model_name_or_path is None else None  # see examples/README.md
-        return get_peft_model(model, E2VPTConfig(modules_to_save=find_heads(model,None), visual_prompt_dropout=0.0, layers_to_transform=layers, seed=args.seed))
+        return get_peft_model(
+            model,
+            E2VPTConfig(
+                modules_to_save=find_heads(model, None),
+                visual_prompt_dropout=0.0,
+                layers_to_transform=layers,
+                seed=args.seed,
+            ),
+        )
     heads = find_heads(model, find_attention_sites(model))
     if method == "lora":
         layers = list(range(6, 12)) if args.model_name_or_path is None else None

@@ -48,9 +48,7 @@ class PatchDetector(nn.Module):
         return ModelOutput(loss=loss, logits=logits, pred_boxes=boxes)
 
 
-def detection_loss(
-    logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], rows: int, columns: int
-) -> Tensor:
+def detection_loss(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], rows: int, columns: int) -> Tensor:
     """Cross-entropy of every patch, and the L1 distance of the boxes of those that hold the centre of an object."""
     wanted = torch.full(logits.shape[:2], logits.shape[-1] - 1, device=logits.device)
     distances = []

@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             target[scene.labels] = 1
         images = pixels([scene.image for scene in scenes])
         splits[part] = [{"pixel_values": image, "labels": t} for image, t in zip(images, targets, strict=True)]
-    return run("multi_label", Recipe(build_model, splits, compute_metrics, ("mean_ap", "f1"), finish=undo_standardise), args)
+    return run(
+        "multi_label", Recipe(build_model, splits, compute_metrics, ("mean_ap", "f1"), finish=undo_standardise), args
+    )
 
 
 if __name__ == "__main__":

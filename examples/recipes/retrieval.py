@@ -73,7 +73,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             {"pixel_values": image, "partners": partner, "labels": torch.tensor(pair[2])}
             for image, partner, pair in zip(images, partners, pairs, strict=True)
         ]
-    recipe = Recipe(lambda: ImageEmbedder(backbone_name(args)), splits, compute_metrics, ("recall_at_1", "knn_accuracy"))
+    recipe = Recipe(
+        lambda: ImageEmbedder(backbone_name(args)), splits, compute_metrics, ("recall_at_1", "knn_accuracy")
+    )
     return run("retrieval", recipe, args)
 
 
