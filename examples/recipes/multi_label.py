@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Recipe, backbone_name, load_processor, parse, run, sizes, standardise_head, undo_standardise
+from common import Recipe, backbone_name, load_processor, parse, run, sizes, standardise_head
+from finetune import make_heads_plain
 from scenes import CLASSES, make_scene
 from torch import nn
 from transformers import AutoModelForImageClassification, EvalPrediction
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         images = pixels([scene.image for scene in scenes])
         splits[part] = [{"pixel_values": image, "labels": t} for image, t in zip(images, targets, strict=True)]
     return run(
-        "multi_label", Recipe(build_model, splits, compute_metrics, ("mean_ap", "f1"), finish=undo_standardise), args
+        "multi_label", Recipe(build_model, splits, compute_metrics, ("mean_ap", "f1"), finish=make_heads_plain), args
     )
 
 

@@ -6,8 +6,8 @@ python examples/recipes/regression.py --prune
 python examples/recipes/regression.py --model_name_or_path facebook/dinov2-base --image_size 224
 ```
 
-`problem_type="regression"` and `num_labels=1` make any `AutoModelForImageClassification` a regression model: its loss is
-the squared error. The metric is the share of the variance that is explained (R2); the mean error beside it.
+`problem_type="regression"` and `num_labels=1` make any `AutoModelForImageClassification` a regression model: its loss
+is the squared error. The metric is the share of the variance that is explained (R2); the mean error beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Recipe, backbone_name, load_processor, parse, run, sizes, standardise_head, undo_standardise
+from common import Recipe, backbone_name, load_processor, parse, run, sizes, standardise_head
+from finetune import make_heads_plain
 from PIL import Image
 from solar_cells import find_data_folder
 from torch import nn
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         splits[part] = [{"pixel_values": image, "labels": t} for image, t in zip(images, targets, strict=True)]
         start += count
     return run(
-        "regression", Recipe(build_model, splits, compute_metrics, ("r2", "mean_error"), finish=undo_standardise), args
+        "regression", Recipe(build_model, splits, compute_metrics, ("r2", "mean_error"), finish=make_heads_plain), args
     )
 
 

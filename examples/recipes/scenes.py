@@ -13,8 +13,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import common  # noqa: F401  (makes the modules of examples/ importable)
+import numpy as np
 from emoji_images import VENDORS, emoji_groups, read_emoji
 from PIL import Image, ImageDraw
 from solar_cells import find_data_folder
@@ -23,7 +23,14 @@ from solar_cells import find_data_folder
 CLASSES = {"nature": "Animals & Nature", "food": "Food & Drink", "object": "Objects", "smiley": "Smileys & Emotion"}
 PARTS = {"train": (0.0, 0.6), "validation": (0.6, 0.7), "test": (0.7, 1.0)}
 # shift in x and y, and growth, from the first frame of a clip to the last
-MOTIONS = {"left": (-1, 0, 1), "right": (1, 0, 1), "up": (0, -1, 1), "down": (0, 1, 1), "nearer": (0, 0, 2), "farther": (0, 0, 0.5)}  # fmt: skip
+MOTIONS = {
+    "left": (-1, 0, 1),
+    "right": (1, 0, 1),
+    "up": (0, -1, 1),
+    "down": (0, 1, 1),
+    "nearer": (0, 0, 2),
+    "farther": (0, 0, 0.5),
+}
 
 
 @dataclass(frozen=True)
