@@ -30,7 +30,9 @@ RECIPES = [
 
 
 def run(recipe: str, folder: Path, *options: str) -> list[dict[str, Any]]:
-    return importlib.import_module(recipe).main(["--reduced", "--use_cpu", "--output_dir", str(folder), *options])
+    return importlib.import_module(recipe).main(
+        ["--reduced", "--use_cpu", "--output_dir", str(folder), "--image_size", "42", *options]
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
