@@ -63,10 +63,10 @@ def compute_metrics(outputs: EvalPrediction) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    args = parse("retrieval", image_size=70, arguments=arguments)
+    args = parse("retrieval", image_size=56, arguments=arguments)
     pixels = load_processor(args)
     splits = {}
-    for part, count in sizes(args, train=420, validation=70, test=210).items():
+    for part, count in sizes(args, train=300, validation=70, test=210).items():
         pairs = [make_pair(part, number, args.image_size) for number in range(min(count, len(read_part(part)[0])))]
         images, partners = (pixels([pair[side] for pair in pairs]) for side in (0, 1))
         splits[part] = [
