@@ -57,9 +57,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             target[scene.labels] = 1
         images = pixels([scene.image for scene in scenes])
         splits[part] = [{"pixel_values": image, "labels": t} for image, t in zip(images, targets, strict=True)]
-    return run(
-        "multi_label", Recipe(build_model, splits, compute_metrics, ("mean_ap", "f1"), finish=make_heads_plain), args
-    )
+    recipe = Recipe(build_model, splits, compute_metrics, ("mean_ap", "f1"), finish=make_heads_plain)
+    return run("multi_label", recipe, args)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         targets = torch.tensor(probabilities[start : start + count])
         splits[part] = [{"pixel_values": image, "labels": t} for image, t in zip(images, targets, strict=True)]
         start += count
-    return run(
-        "regression", Recipe(build_model, splits, compute_metrics, ("r2", "mean_error"), finish=make_heads_plain), args
-    )
+    recipe = Recipe(build_model, splits, compute_metrics, ("r2", "mean_error"), finish=make_heads_plain)
+    return run("regression", recipe, args)
 
 
 if __name__ == "__main__":

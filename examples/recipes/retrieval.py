@@ -23,6 +23,9 @@ from transformers import AutoModel, EvalPrediction
 from transformers.modeling_outputs import ModelOutput
 
 
+TEMPERATURE = 0.07  # as in CLIP at the start
+
+
 class ImageEmbedder(nn.Module):
     """A backbone with a linear projection to unit vectors."""
 
@@ -31,7 +34,6 @@ class ImageEmbedder(nn.Module):
         self.backbone = AutoModel.from_pretrained(name)
         features = 2 * self.backbone.config.hidden_size
         self.head = nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, width, bias=False))
-        self.temperature = 0.07
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Class token and mean of the others, projected: `(B, width)`, of length 1."""
@@ -42,14 +44,14 @@ class ImageEmbedder(nn.Module):
     def forward(self, pixel_values: Tensor, partners: Tensor, labels: Tensor | None = None) -> ModelOutput:
         """Embeds images and their partners, both `(B, 3, side, side)`. `labels` are only passed on to metrics."""
         embeds, partner_embeds = self.embed(torch.cat([pixel_values, partners])).chunk(2)
-        similarity = embeds @ partner_embeds.T / self.temperature
+        similarity = embeds @ partner_embeds.T / TEMPERATURE
         own = torch.arange(len(similarity), device=similarity.device)
         loss = (nn.functional.cross_entropy(similarity, own) + nn.functional.cross_entropy(similarity.T, own)) / 2
         return ModelOutput(loss=loss, embeds=embeds, partner_embeds=partner_embeds)
 
 
 def compute_metrics(outputs: EvalPrediction) -> dict[str, float]:
-    """Recall at 1, and the accuracy of five nearest neighbours, the partner not among them."""
+    """Recall at 1, and how often most of the five nearest images, the partner left out, are of the right kind."""
     embeds, partners = map(torch.as_tensor, outputs.predictions)
     labels = torch.as_tensor(outputs.label_ids)
     similarity = embeds @ partners.T
