@@ -3,7 +3,7 @@
 
     for seed in 0 1 2; do
         for recipe in segmentation detection regression multi_label retrieval video; do
-            python examples/recipes/$recipe.py --prune --seed $seed --results benchmarks/results/recipes.jsonl
+            python examples/recipes/$recipe.py --prune --bf16 --seed $seed --results benchmarks/results/recipes.jsonl
         done
     done
     python -m benchmarks.recipes_table benchmarks/results/recipes.jsonl [--recipe detection]
@@ -59,7 +59,7 @@ def conditions(rows: list[Row]) -> str:
     )
     return (
         f"{len(rows)} trainings, seeds {', '.join(map(str, sorted({row['seed'] for row in rows})))}; "
-        f"{values('image_size')} px, {values('epochs')} epochs, batches of {values('batch_size')}; "
+        f"{values('image_size')} px, {values('epochs')} epochs, batches of {values('batch_size')}, {values('dtype')}; "
         f"{values('machine')}; {versions}; {values('date')}."
     )
 

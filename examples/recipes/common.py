@@ -180,6 +180,7 @@ def conditions(args: RecipeArguments) -> dict[str, Any]:
         "image_size": args.image_size,
         "epochs": args.num_train_epochs,
         "batch_size": args.per_device_train_batch_size,
+        "dtype": "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
         "date": time.strftime("%Y-%m-%d"),

@@ -24,6 +24,7 @@ def line(method: str, seed: int, accuracy: float, seconds: float, recipe: str = 
         "image_size": 56,
         "epochs": 4,
         "batch_size": 16,
+        "dtype": "float32",
         "machine": "x86_64, 2 cores, 2 threads",
         "versions": {"torch": "2.13.0"},
         "date": "2026-11-26",
@@ -50,4 +51,4 @@ def test_the_command_shows_the_recipe_that_was_asked_for(tmp_path: Path, monkeyp
     recipes_table.main()
     shown = capsys.readouterr().out
     assert shown.startswith("### video") and "other" not in shown
-    assert "3 trainings, seeds 0, 1; 56 px, 4 epochs, batches of 16; x86_64, 2 cores, 2 threads" in shown
+    assert "3 trainings, seeds 0, 1; 56 px, 4 epochs, batches of 16, float32; x86_64, 2 cores, 2 threads" in shown
