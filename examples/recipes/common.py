@@ -109,7 +109,7 @@ def load_processor(args: RecipeArguments) -> Callable[..., torch.Tensor]:
 def sizes(args: RecipeArguments, train: int, validation: int, test: int) -> dict[str, int]:
     """How many samples each split has."""
     counts = {"train": train, "validation": validation, "test": test}
-    return {part: min(count, 16) for part, count in counts.items()} if args.reduced else counts
+    return {part: min(count, 8) for part, count in counts.items()} if args.reduced else counts
 
 
 def standardise_head(model: nn.Module) -> nn.Module:
@@ -140,7 +140,7 @@ def run_method(method: str, recipe: Recipe, args: RecipeArguments, head: dict[st
         data_collator=recipe.collate,
         compute_metrics=recipe.compute_metrics,
         preprocess_logits_for_metrics=recipe.preprocess_logits,
-        callbacks=callbacks_of(method),
+        callbacks=callbacks_of(method, args.reduced),
     )
     start, cpu_start = time.perf_counter(), time.process_time()
     trainer.train()

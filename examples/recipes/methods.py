@@ -39,11 +39,12 @@ def prepare(method: str, model: nn.Module, layers: list[int] | None, seed: int) 
     return model
 
 
-def callbacks_of(method: str) -> list[TrainerCallback]:
+def callbacks_of(method: str, reduced: bool) -> list[TrainerCallback]:
     """What the Trainer needs besides: for the pruned method the callback, which searches on the validation set."""
     if method != "e2vpt-pruned":
         return []
-    return [PruneRewindCallback(token_ratios=(0.2, 0.4, 0.6, 0.8), segment_ratios=(0.25, 0.5))]
+    tokens, segments = ((0.5,), (0.5,)) if reduced else ((0.2, 0.4, 0.6, 0.8), (0.25, 0.5))
+    return [PruneRewindCallback(token_ratios=tokens, segment_ratios=segments)]
 
 
 def count_trained(method: str, model: nn.Module) -> int:

@@ -57,23 +57,27 @@ class Emoji(NamedTuple):
 
 
 @functools.cache
-def read_part(part: str) -> tuple[list[Emoji], list[str]]:
-    """The emoji and the files of the photographs that belong to `"train"`, `"validation"` or `"test"`."""
+def read_all() -> list[Emoji]:
+    """The emoji of all four classes, in the order of the package."""
     names_of_groups = list(CLASSES.values())
     groups = {name: group for name, group in emoji_groups().items() if group in names_of_groups}
+    drawn = {vendor: read_emoji(vendor, list(groups)) for vendor in VENDORS}
+    return [
+        Emoji(names_of_groups.index(group), {vendor: drawn[vendor][index] for vendor in VENDORS})
+        for index, group in enumerate(groups.values())
+    ]
+
+
+@functools.cache
+def read_part(part: str) -> tuple[list[Emoji], list[str]]:
+    """The emoji and the files of the photographs that belong to `"train"`, `"validation"` or `"test"`."""
 
     def share(items: list[Any]) -> list[Any]:
         order = np.random.RandomState(0).permutation(len(items))
         start, end = (round(bound * len(items)) for bound in PARTS[part])
         return [items[index] for index in order[start:end]]
 
-    names = share(list(groups))
-    drawn = {vendor: read_emoji(vendor, names) for vendor in VENDORS}
-    emoji = [
-        Emoji(names_of_groups.index(groups[name]), {vendor: drawn[vendor][index] for vendor in VENDORS})
-        for index, name in enumerate(names)
-    ]
-    return emoji, share(sorted(map(str, (find_data_folder() / "images").glob("*.png"))))
+    return share(read_all()), share(sorted(map(str, (find_data_folder() / "images").glob("*.png"))))
 
 
 def ground(part: str, random: np.random.RandomState, side: int) -> Image.Image:
