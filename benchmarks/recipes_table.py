@@ -6,7 +6,7 @@
             python examples/recipes/$recipe.py --prune --bf16 --seed $seed --results benchmarks/results/recipes.jsonl
         done
     done
-    python -m benchmarks.recipes_table benchmarks/results/recipes.jsonl [--recipe detection]
+    python -m benchmarks.recipes_table benchmarks/results/recipes.jsonl [--recipe detection | --summary]
 
 Metrics are means over the seeds, with the standard deviation in brackets; times are the least of the seeds.
 """
@@ -48,6 +48,21 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def summary(rows: list[Row]) -> str:
+    """A line per recipe with its first metric, a column per method."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = [f"| recipe | metric | {' | '.join(methods)} |", "|---|---|" + "---:|" * len(methods)]
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        members = [row for row in rows if row["recipe"] == recipe]
+        metric = next(iter(members[0]["metrics"]))
+        cells = []
+        for method in methods:
+            values = [row["metrics"][metric] for row in members if row["method"] == method]
+            cells.append(cell(values) if values else "")
+        lines.append(f"| {recipe} | {metric} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def conditions(rows: list[Row]) -> str:
     """What the trainings have run on and with; several values are all named."""
 
@@ -68,8 +83,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--recipe", help="Show this recipe only.")
+    parser.add_argument("--summary", action="store_true", help="Show a line per recipe instead.")
     args = parser.parse_args()
     rows = [row for row in read_lines(args.results) if args.recipe in (None, row["recipe"])]
+    if args.summary:
+        print(summary(rows))
+        return
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         members = [row for row in rows if row["recipe"] == recipe]
         print(f"### {recipe}\n\n{table(members)}\n\n{conditions(members)}\n")

@@ -52,3 +52,9 @@ def test_the_command_shows_the_recipe_that_was_asked_for(tmp_path: Path, monkeyp
     shown = capsys.readouterr().out
     assert shown.startswith("### video") and "other" not in shown
     assert "3 trainings, seeds 0, 1; 56 px, 4 epochs, batches of 16, float32; x86_64, 2 cores, 2 threads" in shown
+
+
+def test_the_summary_has_a_line_a_recipe_and_an_empty_cell_for_what_has_not_run():
+    shown = recipes_table.summary(LINES).splitlines()
+    assert shown[0] == "| recipe | metric | lora | e2vpt |"
+    assert shown[2:] == ["| video | accuracy | 0.600 (0.141) | 0.700 |", "| other | accuracy | 0.100 |  |"]
