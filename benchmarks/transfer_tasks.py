@@ -23,11 +23,8 @@ repository.
 from __future__ import annotations
 
 import gzip
-import json
 import math
-import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -37,10 +34,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 
-CACHE = Path("~/.cache/peft_e2vpt/transfer").expanduser()
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_LABELS = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
-EMOJI_VERSION = "16.0.0"
 SIZES = (800, 200, 1000)
 
 Images = list[Image.Image]
@@ -114,51 +109,20 @@ def load_fashion() -> tuple[Split, Split, Split, list[str]]:
 
 def load_emoji() -> tuple[Split, Split, Split, list[str]]:
     """Emoji of one code point, without flags; those to test on are others, and drawn by another vendor."""
-    archives = {vendor: emoji_archive(vendor) for vendor in ("google", "twitter")}
-    with tarfile.open(archives["google"]) as archive:
-        emoji = json.load(archive.extractfile("package/emoji.json"))  # type: ignore[arg-type]
-    chosen = [
-        e
-        for e in emoji
-        if e["category"] not in ("Flags", "Component")
-        and e["unified"].removesuffix("-FE0F").count("-") == 0
-        and e["has_img_google"]
-        and e["has_img_twitter"]
-    ]
-    groups = sorted({e["category"] for e in chosen})
-    drawn = {vendor: read_emoji(path, vendor, [e["image"] for e in chosen]) for vendor, path in archives.items()}
-    labels = [groups.index(e["category"]) for e in chosen]
-    train, validation, _ = deal(drawn["google"], labels)
-    test = deal(drawn["twitter"], labels)[2]
+    from examples.emoji_images import emoji_groups, read_emoji
+
+    group_of = emoji_groups()
+    groups = sorted(set(group_of.values()))
+    labels = [groups.index(group) for group in group_of.values()]
+    train, validation, _ = deal(on_white(read_emoji("google", list(group_of))), labels)
+    test = deal(on_white(read_emoji("twitter", list(group_of))), labels)[2]
     return train, validation, test, groups
 
 
-def emoji_archive(vendor: str) -> Path:
-    """Finds, or gets by `npm pack`, the package with the images of one vendor."""
-    name = f"emoji-datasource-{vendor}"
-    path = CACHE / f"{name}-{EMOJI_VERSION}.tgz"
-    if not path.is_file():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        try:
-            subprocess.run(["npm", "pack", "--silent", f"{name}@{EMOJI_VERSION}"], cwd=CACHE, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise FileNotFoundError(
-                f"`npm pack {name}@{EMOJI_VERSION}` in {CACHE} failed: install npm, or put the archive there."
-            ) from error
-    return path
-
-
-def read_emoji(path: Path, vendor: str, names: list[str]) -> Images:
-    """Reads images of an archive, on white."""
-    images = {}
-    wanted = {f"package/img/{vendor}/64/{name}": name for name in names}
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.name in wanted:
-                drawing = Image.open(archive.extractfile(member)).convert("RGBA")  # type: ignore[arg-type]
-                white = Image.new("RGBA", drawing.size, "white")
-                images[wanted[member.name]] = Image.alpha_composite(white, drawing).convert("RGB")
-    return [images[name] for name in names]
+def on_white(drawings: Images) -> Images:
+    """Lays drawings with transparency on white."""
+    white = Image.new("RGBA", drawings[0].size, "white")
+    return [Image.alpha_composite(white, drawing).convert("RGB") for drawing in drawings]
 
 
 def load_solar() -> tuple[Split, Split, Split, list[str]]:

