@@ -72,8 +72,9 @@ def conditions(rows: list[Row]) -> str:
     versions = " or ".join(
         dict.fromkeys(", ".join(f"{name} {number}" for name, number in row["versions"].items()) for row in rows)
     )
+    seeds = sorted({row["seed"] for row in rows})
     return (
-        f"{len(rows)} trainings, seeds {', '.join(map(str, sorted({row['seed'] for row in rows})))}; "
+        f"{len(rows)} trainings, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; "
         f"{values('image_size')} px, {values('epochs')} epochs, batches of {values('batch_size')}, {values('dtype')}; "
         f"{values('machine')}; {versions}; {values('date')}."
     )
