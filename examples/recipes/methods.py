@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from peft_e2vpt import E2VPTConfig, PruneRewindCallback
 from peft_e2vpt.backbones.heads import find_heads
 from peft_e2vpt.backbones.sites import find_attention_sites
+from peft_e2vpt.hub import facts_of, write_card
 
 
 # learning rate of each method, and how many times the epochs that were asked for it trains
@@ -45,6 +46,11 @@ def callbacks_of(method: str, reduced: bool) -> list[TrainerCallback]:
         return []
     tokens, segments = ((0.5,), (0.5,)) if reduced else ((0.2, 0.4, 0.6, 0.8), (0.25, 0.5))
     return [PruneRewindCallback(token_ratios=tokens, segment_ratios=segments)]
+
+
+def save_card(folder: str, model: nn.Module, results: dict[str, float]) -> None:
+    """Writes the model card of a saved adapter again, with its results."""
+    write_card(folder, facts_of(model, model.peft_config["default"], "default"), metrics=results)
 
 
 def count_trained(method: str, model: nn.Module) -> int:

@@ -2,7 +2,7 @@
 """Saved adapters: loading, uploading, their cards, and checkpoints of the released code."""
 
 from .card import AdapterFacts, Location, write_card
-from .companion import AdapterCompanion
+from .companion import AdapterCompanion, facts_of
 from .conversion import read_checkpoint
 from .loading import load
 from .pipelines import pipeline
@@ -13,6 +13,7 @@ __all__ = [
     "AdapterCompanion",
     "AdapterFacts",
     "Location",
+    "facts_of",
     "load",
     "pipeline",
     "push_to_hub",

@@ -51,11 +51,13 @@ class AdapterFacts:
         summary: what is kept in it.
         base_model: name or path of the model that it adapts, empty where it was built from a config.
         task: the Hub's name of what the model does, `None` if its class does not say.
+        own_class: name of the model's class where it is the author's own, not one of transformers.
     """
 
     summary: PromptSummary
     base_model: str
     task: str | None
+    own_class: str | None = None
 
     def save(self, folder: str | Path) -> None:
         """Writes the card of the adapter that is being saved in a folder; one that somebody has changed stays."""
@@ -142,12 +144,23 @@ def write_card(
         tuned_values=f"{facts.summary.num_tuned_values:,}",
         tuned_percentage=f"{facts.summary.tuned_percentage:.3f}",
         summary=str(facts.summary),
-        snippet=f"import peft_e2vpt\n\nmodel = peft_e2vpt.load({location}{base})",
+        snippet=_snippet(facts, location, base),
         classify=_classify(folder, facts, location),
         results="\n".join(_row(result) for result in metadata.eval_results or []),
         pruning=_pruning(folder),
     )
     card.save(folder / CARD_NAME)
+
+
+def _snippet(facts: AdapterFacts, location: Location, base: str) -> str:
+    """Code that loads the adapter; a model of the author's own has to be built by whoever has its class."""
+    if facts.own_class is None:
+        return f"import peft_e2vpt\n\nmodel = peft_e2vpt.load({location}{base})"
+    return (
+        "import peft_e2vpt\nfrom peft import PeftModel\n\n"
+        f"model = {facts.own_class}(...)  # not a class of transformers: build it as for training\n"
+        f"model = PeftModel.from_pretrained(model, {location})"
+    )
 
 
 def _metadata(

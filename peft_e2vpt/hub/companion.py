@@ -77,7 +77,10 @@ def facts_of(model: nn.Module, config: E2VPTConfig, adapter_name: str) -> Adapte
     """
     base = adapted_model(model)
     name: str = config.base_model_name_or_path or getattr(base, "name_or_path", None) or ""
-    return AdapterFacts(summarise(base, adapter_name), name, task_of(base))
+    mapping = class_mapping(base)
+    is_own = mapping["parent_library"].split(".")[0] != "transformers"
+    own_class = mapping["base_model_class"] if is_own else None
+    return AdapterFacts(summarise(base, adapter_name), name, task_of(base), own_class)
 
 
 class AdapterCompanion:

