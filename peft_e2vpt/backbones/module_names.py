@@ -73,10 +73,6 @@ class Modules(Mapping[str, nn.Module]):
                 seen.add(id(self._modules[path]))
         return chosen
 
-    def aliases(self, path: str) -> list[str]:
-        """All paths of a module."""
-        return [name for name, module in self._modules.items() if module is self._modules[path]]
-
     def with_tied(self, paths: Iterable[str]) -> list[str]:
         """Several modules, and those whose parameters are the very same as theirs."""
         values = {path: tuple(map(id, self.parameters(path))) for path in paths}
