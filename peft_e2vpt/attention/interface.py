@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -118,6 +119,22 @@ def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
+def _dense(mask: Any, num_queries: int, num_keys: int, is_causal: bool, device: torch.device) -> Tensor | None:
+    """A mask of flash (B, N) or of flex attention as sdpa takes it, boolean (B or 1, H or 1, N, N)."""
+    if mask is None:
+        return causal_mask(num_queries, num_keys, device) if is_causal else None
+    if not isinstance(mask, Tensor):
+        from torch.nn.attention.flex_attention import create_mask
+
+        batch, heads = mask.shape[:2]
+        dense: Tensor = create_mask(mask.mask_mod, batch, heads, num_queries, num_keys, device=device)
+        return dense
+    if mask.dim() == 2:
+        seen = mask[:, None, None].bool()
+        return seen & causal_mask(num_queries, num_keys, device) if is_causal else seen
+    return mask
+
+
 def attend_with_rows(
     module: nn.Module | ModuleView,
     query: Tensor,
@@ -130,18 +147,23 @@ def attend_with_rows(
 
     The signature is that of transformers' attention functions: query (B, H, N, d), key and value (B, H, N, d), a mask
     that is `None`, (B or 1, H or 1, N, N), (B, N) or a flex attention `BlockMask`. Rows carry no position and are seen
-    by every query. Without rows the call goes through untouched.
+    by every query. Without rows the call goes through untouched. Rows with a bias on their scores, which flash and
+    flex attention do not take, are computed by sdpa there.
     """
     view = module.config.__dict__
     config, owner = view["_e2vpt_source"], view["_e2vpt_owner"]
     implementation = config._attn_implementation
+    num_sequences, _, num_keys, _ = key.shape
+    rows = owner.rows(num_sequences, key.dtype)
+    if rows is not None and rows.score_bias is not None and ("flash" in implementation or "flex" in implementation):
+        causal = "flash" in implementation and _is_causal(module, kwargs)
+        attention_mask = _dense(attention_mask, query.shape[2], num_keys, causal, key.device)
+        kwargs, implementation = {**kwargs, "is_causal": False}, "sdpa"
     attend: AttentionFunction = (
         owner.eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
     )
     if "flash" in implementation:
         module = ModuleView(module, config)
-    num_sequences, _, num_keys, _ = key.shape
-    rows = owner.rows(num_sequences, key.dtype)
     if rows is not None:
         if "flash" in implementation:  # aligns a causal mask with the last keys
             rows = rows._replace(num_behind=0)

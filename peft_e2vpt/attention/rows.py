@@ -130,10 +130,12 @@ class MixedBatch(NamedTuple):
     Attributes:
         names: the adapters of the batch, each once, in the order of the samples; `"__base__"` has no rows.
         choice: (B,), the place in `names` of every sample's adapter.
+        of_samples: the adapter of every sample.
     """
 
     names: tuple[str, ...]
     choice: Tensor
+    of_samples: tuple[str, ...]
 
 
 def side_by_side(parts: list[Rows]) -> Rows | None:

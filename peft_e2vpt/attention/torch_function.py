@@ -9,7 +9,7 @@ values to the result. What the attention itself does with its scores, their shap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..backbones.sites import WeakModule
 from .rows import RowOwner, Rows, causal_mask, join_rows, per_sequence
 
 
@@ -42,8 +43,23 @@ COPYINGS = (
 )
 
 
-def _is_in(tensor: Tensor, argument: Any) -> bool:
-    return argument is tensor or (isinstance(argument, (list, tuple)) and any(part is tensor for part in argument))
+OF_ROWS = "_e2vpt_of_rows"  # attribute of scores and weights with those of the rows, which so live as long as they do
+
+
+def _followed(arguments: Iterable[Any]) -> tuple[Tensor, Tensor] | None:
+    """Scores or weights among the arguments of a call, and those of the rows."""
+    for argument in arguments:
+        for part in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(part, Tensor) and (of_rows := getattr(part, OF_ROWS, None)) is not None:
+                return part, of_rows
+    return None
+
+
+def _follow_no_more(output: Any) -> None:
+    """Forgets the rows of weights that an attention returns."""
+    for part in output if isinstance(output, tuple) else (output,):
+        if isinstance(part, Tensor) and hasattr(part, OF_ROWS):
+            delattr(part, OF_ROWS)
 
 
 def _with_heads(rows: Rows, heads: int) -> Rows:
@@ -92,7 +108,6 @@ class _Interception(TorchFunctionMode):
         self.rows: Rows | None = None
         self.asked = self.joined = False
         self._num_keys = 0
-        self._followed: list[tuple[Tensor, Tensor]] = []  # scores or weights, and those of the rows
         self._bias: Tensor | None = None
 
     def __torch_function__(
@@ -104,9 +119,9 @@ class _Interception(TorchFunctionMode):
             return self._fused(func, *args, **kwargs)
         if name == "multi_head_attention_forward":
             return self._multi_head(func, *args, **kwargs)
-        for scores, of_rows in reversed(self._followed):
-            if any(_is_in(scores, argument) for argument in (*args, *kwargs.values())):
-                return self._follow(func, name, scores, of_rows, args, kwargs)
+        followed = _followed((*args, *kwargs.values())) if self.rows is not None else None
+        if followed is not None:
+            return self._follow(func, name, *followed, args, kwargs)
         if name in PRODUCTS and not self.asked:
             return self._scores(func, args, kwargs)
         return func(*args, **kwargs)
@@ -182,7 +197,7 @@ class _Interception(TorchFunctionMode):
         if self.rows is not None:
             keys = _like(per_sequence(self.rows.key.to(query.dtype), num_sequences), query)
             self._num_keys = product.shape[-1]
-            self._followed.append((product, query @ keys.transpose(-2, -1)))
+            setattr(product, OF_ROWS, query @ keys.transpose(-2, -1))
             if self.rows.score_bias is not None:
                 bias = per_sequence(self.rows.score_bias, num_sequences)[:, None, None, :]
                 self._bias = _like(bias.expand(-1, self.heads, -1, -1), query)
@@ -215,7 +230,7 @@ class _Interception(TorchFunctionMode):
                 f"{self.name} applies torch's {name} to its attention scores, and what that means for prompts is not "
                 "known: leave this attention out with exclude_modules."
             )
-        self._followed.append((result, of_rows))
+        setattr(result, OF_ROWS, of_rows)
         return result
 
     def _treats_all_keys_alike(self, scores: Tensor, args: tuple[Any, ...]) -> bool:
@@ -242,7 +257,7 @@ class _Interception(TorchFunctionMode):
             kwargs = {**kwargs, "input": together}
         softmax = func(*parts, **kwargs)
         weights = softmax[..., of_rows.shape[-1] :]
-        self._followed.append((weights, softmax[..., : of_rows.shape[-1]]))
+        setattr(weights, OF_ROWS, softmax[..., : of_rows.shape[-1]])
         return weights
 
     def _product(self, product: Tensor, weights: Tensor, of_rows: Tensor, args: tuple[Any, ...]) -> Tensor:
@@ -264,7 +279,8 @@ class AdaptedForward:
     """
 
     def __init__(self, attention: nn.Module, owner: RowOwner, name: str, heads: int) -> None:
-        self.attention, self.owner, self.name, self.heads = attention, owner, name, heads
+        self.attention = WeakModule(attention)
+        self.owner, self.name, self.heads = owner, name, heads
         self.before = attention.__dict__.get("forward")  # of Accelerate's hooks, for instance
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -273,10 +289,13 @@ class AdaptedForward:
             if self.before is not None:
                 output = self.before(*args, **kwargs)
             else:
-                output = type(self.attention).forward(self.attention, *args, **kwargs)
+                attention = self.attention()
+                output = type(attention).forward(attention, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            _follow_no_more(output)
         if not interception.asked or (interception.rows is not None and not interception.joined):
             raise RuntimeError(
-                f"{self.name} ({type(self.attention).__name__}) has not used its prompts: it computes its attention "
+                f"{self.name} ({type(self.attention()).__name__}) has not used its prompts: it computes its attention "
                 "in a way that E2VPT cannot follow. Leave it out with exclude_modules."
             )
         return output

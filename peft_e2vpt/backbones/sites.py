@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,23 +63,64 @@ def _project(projection: nn.Module | Tensor, hidden: Tensor) -> Tensor:
         return projection(hidden)  # type: ignore[no-any-return]
 
 
+class WeakModule:
+    """A reference to a module that does not keep it alive, and that a copy of both points to the copied module.
+
+    What hangs on a module of the base model and needs that module holds it by one of these: in a cycle of references,
+    a deleted model would keep its memory until Python's garbage collector runs.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._reference = weakref.ref(module)
+
+    def __call__(self) -> Any:
+        """The module.
+
+        Raises:
+            ReferenceError: it is gone.
+        """
+        module = self._reference()
+        if module is None:
+            raise ReferenceError(
+                "A module that prompts belong to is gone: it was replaced in the model or the model was deleted. Keep "
+                "the adapted model while you use a part of it, and adapt a model after its modules were replaced."
+            )
+        return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeakModule:
+        return WeakModule(copy.deepcopy(self(), memo))
+
+    def __reduce__(self) -> tuple[type[WeakModule], tuple[nn.Module]]:
+        return WeakModule, (self(),)
+
+
 @dataclass(eq=False)
 class AttentionSite:
-    """One self-attention of a model, with the block around it.
+    """One self-attention of a model, with the block around it; it keeps neither alive.
 
     Attributes:
         name: path of the attention in the model.
-        attention: the self-attention module.
-        block: the transformer block that holds norm and attention.
+        attention_reference: to the self-attention module.
+        block_reference: to the transformer block that holds norm and attention.
         backbone: the line of `BACKBONES` that describes both.
         config: the config of the tower that the attention belongs to.
     """
 
     name: str
-    attention: Any
-    block: Any
+    attention_reference: WeakModule
+    block_reference: WeakModule
     backbone: Backbone
     config: Any
+
+    @property
+    def attention(self) -> Any:
+        """The self-attention module."""
+        return self.attention_reference()
+
+    @property
+    def block(self) -> Any:
+        """The transformer block that holds norm and attention."""
+        return self.block_reference()
 
     @cached_property
     def width(self) -> int:
@@ -234,7 +277,8 @@ def find_attention_sites(model: nn.Module) -> list[AttentionSite]:
         line = _describe(name, module)
         if line is not None:
             block = _block_of(modules, name, line.norm)
-            sites.append(AttentionSite(name, module, block, line, _config_of(modules, name)))
+            config = _config_of(modules, name)
+            sites.append(AttentionSite(name, WeakModule(module), WeakModule(block), line, config))
     if not sites:
         classes = sorted({type(module).__name__ for module in modules.values()})
         present = [cls for cls in classes if "Attention" in cls or "Attn" in cls]

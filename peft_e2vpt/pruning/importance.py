@@ -16,7 +16,7 @@ from ..evaluation import batches, no_trace
 from ..tuner.config import E2VPTConfig
 from ..tuner.gates import GateOverride
 from ..tuner.layer import E2VPTLayer
-from ..tuner.prompt_layers import active_prompt_layers, gates_on
+from ..tuner.prompt_layers import active_prompt_layers
 from .quality import loss_of
 
 
@@ -141,7 +141,7 @@ def score_prompts(
     sums = zero_scores(layers, config)
     token, segment = sums.token, sums.segment
     num_samples = num_batches = 0
-    with no_trace(model, dataloader, seed), gates_on(config.token_gate, layers), torch.enable_grad():
+    with no_trace(model, dataloader, seed), torch.enable_grad():
         try:
             for batch in batches(dataloader, device, "Scoring prompts", max_batches, in_step=sharded):
                 counted = _labelled(batch.inputs, batch.size) if batch.counts else 0

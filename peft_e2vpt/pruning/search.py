@@ -17,7 +17,6 @@ from transformers.utils import logging
 
 from ..distributed import is_distributed, is_sharded, sum_over_processes
 from ..evaluation import Batch, batches, no_trace
-from ..tuner.prompt_layers import gates_on
 from .candidates import Candidate, CandidateTrial
 from .importance import ImportanceScores
 from .quality import BatchQuality, ModelQuality, Quality, is_joined
@@ -205,10 +204,10 @@ def search_pruning(
     if isinstance(quality, ModelQuality):
         found = []
         for i in range(len(trial)):
-            with no_trace(model, dataloader, seed), gates_on(trial.on, trial.layers), trial.applied([i], 1):
+            with no_trace(model, dataloader, seed), trial.applied([i], 1):
                 found.append(quality(model))
         return _choose(trial, found)
     if not isinstance(quality, BatchQuality):
         quality = BatchQuality(quality)
-    with no_trace(model, dataloader, seed), gates_on(trial.on, trial.layers):
+    with no_trace(model, dataloader, seed):
         return _choose(trial, _measure_in_batches(trial, model, dataloader, quality, max_rows))

@@ -11,6 +11,8 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .head_wrapper import HeadWrapper
+
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
     """The modules of a model of which adapters have copies of their own, by their first path."""
@@ -37,7 +39,7 @@ def wrap(model: nn.Module, paths: Iterable[str], adapter_name: str, active: bool
         if isinstance(module, ModulesToSaveWrapper):
             module.update(adapter_name)
         else:
-            wrapper = ModulesToSaveWrapper(module, adapter_name)
+            wrapper = HeadWrapper(module, adapter_name, path)
             _replace(model, module, wrapper)
             wrapper.set_adapter([])
     _tie_copies(model, adapter_name)

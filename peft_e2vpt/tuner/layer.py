@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,20 @@ from torch import Tensor, nn
 
 from .._compat import BufferDict, offload_device
 from ..attention import interface, torch_function
-from ..attention.rows import MixedBatch, Rows, one_per_sample, side_by_side
+from ..attention.rows import Rows, one_per_sample, side_by_side
 from ..backbones.sites import AttentionSite
 from .config import E2VPTConfig
+from .mixed_batch import current_choice
 from .prompts import Prompts, as_scored, constant_rows, rows_of_constants, rows_of_prompts
+
+
+class _Batch(threading.local):
+    """How many samples the windowed block that a thread runs has got, before they are cut into windows."""
+
+    num_samples: int | None = None
+
+
+_batch = _Batch()
 
 
 def _refresh_gates_after_load(layer: E2VPTLayer, incompatible_keys: Any) -> None:
@@ -56,13 +67,12 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
         super().__init__(site, index)
         self.eager_attention = interface.eager_attention_of(site.attention, site.backbone.eager)
         self.e2vpt_merged_rows = BufferDict(persistent=False)
-        self.mixed_batch: MixedBatch | None = None
-        self.num_samples: int | None = None
+        self._num_samples: int | None = None
         self.register_load_state_dict_post_hook(_refresh_gates_after_load)  # type: ignore[no-untyped-call]
         self._handles: list[Any] = []
         if site.backbone.windows:
             self._handles.append(site.block.register_forward_pre_hook(self._count_samples))
-        self._was_asked = False
+        self._has_given_rows = False  # ever: what proves that the attention asks for them
         if self.eager_attention is not None:
             interface.attach(site.attention, self)
             self._handles.append(site.attention.register_forward_hook(self._check_that_rows_were_asked_for))
@@ -91,19 +101,17 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
 
     def _check_that_rows_were_asked_for(self, attention: nn.Module, args: Any, output: Any) -> None:
         """Makes sure that prompts never train without an effect, whatever way a model file takes to its attention."""
-        if torch.compiler.is_compiling():
-            return
-        if not self._was_asked:
+        if not (self._has_given_rows or torch.compiler.is_compiling()):
             raise RuntimeError(
                 f"{self.site.name} ({type(attention).__name__}) has not used its prompts: it has computed "
                 "its attention without asking transformers' attention interface. Leave it out with exclude_modules."
             )
-        self._was_asked = False
 
     def _count_samples(self, block: nn.Module, args: tuple[Any, ...]) -> None:
-        """Notes how many samples a windowed block sees before they are cut into windows, where samples differ."""
-        if self.training or self.mixed_batch is not None:
-            self.num_samples = args[0].shape[0]
+        """Notes how many samples a windowed block sees before they are cut into windows."""
+        _batch.num_samples = args[0].shape[0]
+        if self.training:  # torch.compile notices a change of what is on the module alone
+            self._num_samples = _batch.num_samples
 
     def _replicate_for_data_parallel(self) -> E2VPTLayer:
         raise RuntimeError(
@@ -150,31 +158,47 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
         Raises:
             ValueError: a mixed batch has more or fewer adapter names than samples.
         """
-        if not torch.compiler.is_compiling():
-            self._was_asked = True
-        if self.disable_adapters:
-            return None
+        if not (self._has_given_rows or torch.compiler.is_compiling()):
+            self._has_given_rows = True
         rows = self._rows_of_adapters(num_sequences, dtype)
         return None if rows is None else as_scored(self.site, rows)
 
+    def adapters_of_pass(self) -> Sequence[str]:
+        """The adapters that all samples of the forward pass have, in a mixed batch none."""
+        choice = current_choice()
+        if choice is not None:
+            return choice.active
+        return () if self.disable_adapters else self.active_adapters
+
+    def _samples_of(self, num_sequences: int) -> int:
+        """How many samples stand behind the sequences that the attention sees."""
+        if not self.site.backbone.windows:
+            return num_sequences
+        counted = self._num_samples if torch.compiler.is_compiling() else _batch.num_samples
+        return num_sequences if counted is None else counted
+
     def _rows_of_adapters(self, num_sequences: int, dtype: torch.dtype) -> Rows | None:
-        num_samples = num_sequences if self.num_samples is None else self.num_samples
-        if self.mixed_batch is None:
-            return side_by_side([p for name in self.active_adapters for p in self._parts(name, num_samples, dtype)])
-        names, choice = self.mixed_batch
-        if len(choice) != num_samples:
+        num_samples = self._samples_of(num_sequences)
+        choice = current_choice()
+        if choice is None or choice.mixed is None:
+            names = self.adapters_of_pass()
+            return side_by_side([p for name in names for p in self._parts(name, num_samples, dtype)])
+        names, of_sample, _ = choice.mixed
+        if len(of_sample) != num_samples:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(choice)} and {num_samples} respectively."
+                f"{len(of_sample)} and {num_samples} respectively."
             )
-        return one_per_sample([side_by_side(self._parts(name, num_samples, dtype)) for name in names], choice)
+        return one_per_sample([side_by_side(self._parts(name, num_samples, dtype)) for name in names], of_sample)
 
     def _parts(self, adapter_name: str, num_samples: int, dtype: torch.dtype) -> list[Rows]:
         """The rows of an adapter: the constants of a merged one, or those of visual and of key-value prompts."""
         if adapter_name not in self.e2vpt_config:
             return []
-        if adapter_name in self.e2vpt_merged_rows and not self.training and self.gate_override is None:
-            return [rows_of_constants(self, adapter_name, self.e2vpt_merged_rows[adapter_name])]
+        if not self.training and self.gate_override is None:
+            constants = self.e2vpt_merged_rows._buffers.get(adapter_name)  # looked up once: a thread may unmerge
+            if constants is not None:
+                return [rows_of_constants(self, adapter_name, constants)]
         return rows_of_prompts(self, adapter_name, num_samples, dtype)
 
     def computed_rows(self, adapter_name: str) -> Tensor:

@@ -1,111 +1,97 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""Mixed batches: one forward pass in which every sample has its own adapter and its own head."""
+"""The adapters of one forward pass: those that are active when it begins, or in a mixed batch one per sample.
+
+A forward pass keeps its adapters to the end, whatever another thread switches meanwhile, and threads share a model
+without seeing each other's adapters. What a pass has chosen lies with its thread, not on the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from ..attention.rows import MixedBatch
-from .heads import wrappers
-from .prompt_layers import gates_on, prompt_layers
 
 
 BASE = "__base__"  # PEFT's name for no adapter
+SWITCHING = threading.RLock()  # held while layers are switched one after the other
 
 
-def check_adapter_names(adapter_names: Any, present: Collection[str]) -> None:
-    """Checks the `adapter_names` of a forward pass.
+class Choice(NamedTuple):
+    """The adapters of a forward pass.
 
-    Args:
-        adapter_names: one per sample.
-        present: the adapters of the model.
-
-    Raises:
-        TypeError: they are no list.
-        ValueError: one of them is neither in the model nor `"__base__"`.
+    Attributes:
+        active: the adapters that all samples have.
+        mixed: instead of them, which one every sample has.
     """
-    if not isinstance(adapter_names, (list, tuple)):
-        raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
-    unknown = set(adapter_names) - {*present, BASE}
-    if unknown:
-        raise ValueError(
-            f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; the model has "
-            f"{', '.join(present)}, and {BASE} stands for none."
-        )
+
+    active: tuple[str, ...] = ()
+    mixed: MixedBatch | None = None
 
 
-def _part_of(value: Any, samples: Tensor, batch: int) -> Any:
-    """The samples' part of an argument, where it is a tensor of the whole batch or holds such tensors."""
-    if isinstance(value, Tensor) and value.dim() and len(value) == batch:
-        return value[samples]
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_part_of(part, samples, batch) for part in value)
-    return value
+class _Passes(threading.local):
+    choice: Choice | None = None
 
 
-def _joined(path: str, parts: dict[str, Any], samples: list[Tensor]) -> Any:
-    """The outputs of the heads put together, each where its samples are; narrower ones are filled up with -inf."""
-    first = next(iter(parts.values()))
-    if isinstance(first, (list, tuple)):
-        columns = zip(*parts.values(), strict=True)
-        return type(first)(_joined(path, dict(zip(parts, column, strict=True)), samples) for column in columns)
-    if not isinstance(first, Tensor):
-        raise TypeError(
-            f"The head {path} gives {type(first).__name__}, which cannot be put together for a mixed batch. Run one "
-            "forward pass for each adapter."
-        )
-    widest = max(part.shape[-1] for part in parts.values())
-    if any(part.shape[1:-1] != first.shape[1:-1] for part in parts.values()) or (first.dim() < 2 and len(parts) > 1):
-        found = ", ".join(f"{name!r} gives {tuple(part.shape[1:])}" for name, part in parts.items())
-        raise ValueError(
-            f"The outputs of the heads {path} differ in more than their last dimension ({found}), so they are no one "
-            "tensor. Run one forward pass for each adapter."
-        )
-    rows = torch.cat([F.pad(part, (0, widest - part.shape[-1]), value=float("-inf")) for part in parts.values()])
-    return rows[torch.cat(samples).argsort()]
+class _MixedPasses:
+    """Whether any thread runs a mixed batch: torch.compile guards this, and nothing that is local to a thread."""
+
+    def __init__(self) -> None:
+        self.any = False
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def add(self, number: int) -> None:
+        with self._lock:
+            self._count += number
+            self.any = self._count > 0
 
 
-def _one_head_per_sample(
-    path: str, wrapper: ModulesToSaveWrapper, adapter_names: list[str], *args: Any, **kwargs: Any
-) -> Any:
-    """The forward of a wrapper of PEFT in a mixed batch: every adapter's head sees the samples of that adapter."""
-    batch = len(adapter_names)
-    sizes = {len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()}
-    if batch not in sizes:
-        raise ValueError(
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {batch} and "
-            f"{', '.join(map(str, sorted(sizes)))} respectively."
-        )
-    parts: dict[str, Any] = {}
-    samples: list[Tensor] = []
-    for name in dict.fromkeys(adapter_names):
-        head = wrapper.original_module if name == BASE else wrapper.modules_to_save[name]
-        device = next(head.parameters()).device
-        samples.append(torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=device))
-        parts[name] = head(
-            *(_part_of(value, samples[-1], batch) for value in args),
-            **{key: _part_of(value, samples[-1], batch) for key, value in kwargs.items()},
-        )
-    return _joined(path, parts, samples)
+_passes, _mixed_passes = _Passes(), _MixedPasses()
 
 
-def _choose_heads(path: str, wrapper: ModulesToSaveWrapper, adapter_names: list[str], stack: ExitStack) -> None:
-    """Gives every sample the head of its adapter, or the original one where that has none."""
-    names = [name if name in wrapper.modules_to_save else BASE for name in adapter_names]
-    wrapper.forward = partial(_one_head_per_sample, path, wrapper, names)
-    stack.callback(delattr, wrapper, "forward")
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _choice_of_this_thread() -> Choice | None:
+    return _passes.choice
+
+
+def current_choice() -> Choice | None:
+    """What the forward pass of this thread has chosen; `None` where it goes by what is active in each layer."""
+    if torch.compiler.is_compiling():
+        return _choice_of_this_thread() if _mixed_passes.any else None
+    return _passes.choice
 
 
 @contextmanager
-def one_adapter_per_sample(model: nn.Module, adapter_names: list[str]) -> Iterator[None]:
+def _chosen(choice: Choice | None) -> Iterator[None]:
+    before, _passes.choice = _passes.choice, choice
+    try:
+        yield
+    finally:
+        _passes.choice = before
+
+
+def active_adapters_kept(layers: Collection[Any]) -> Any:
+    """Lets the forward passes of a block of code keep the adapters that are active now.
+
+    Args:
+        layers: layers of PEFT. Where they differ in what is active, each goes on by its own.
+
+    Returns:
+        A context manager.
+    """
+    with SWITCHING:
+        states = {() if layer.disable_adapters else tuple(layer.active_adapters) for layer in layers}
+    return _chosen(Choice(states.pop()) if len(states) == 1 else None)
+
+
+@contextmanager
+def one_adapter_per_sample(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     """Gives, in the forward passes of a block of code, every sample of the batch its own adapter and head.
 
     Where the heads of the adapters tell different numbers of classes apart, the logits are as wide as the widest, and
@@ -120,15 +106,37 @@ def one_adapter_per_sample(model: nn.Module, adapter_names: list[str]) -> Iterat
     Raises:
         ValueError: the outputs of the adapters' heads differ in more than their last dimension.
     """
-    layers = prompt_layers(model)
     names = tuple(dict.fromkeys(adapter_names))
-    choice = torch.tensor([names.index(name) for name in adapter_names], device=next(model.parameters()).device)
-    with ExitStack() as stack:
-        for path, wrapper in wrappers(model):
-            _choose_heads(path, wrapper, adapter_names, stack)
-        if any(len({layer.num_rows(name) for name in names}) > 1 for layer in layers):
-            stack.enter_context(gates_on("attention", layers))
-        for layer in layers:
-            stack.callback(setattr, layer, "mixed_batch", None)
-            layer.mixed_batch = MixedBatch(names, choice)
-        yield
+    numbers = {name: number for number, name in enumerate(names)}
+    device = next(model.parameters()).device
+    choice = torch.tensor([numbers[name] for name in adapter_names], device=device)
+    _mixed_passes.add(1)
+    try:
+        with _chosen(Choice(mixed=MixedBatch(names, choice, tuple(adapter_names)))):
+            yield
+    finally:
+        _mixed_passes.add(-1)
+
+
+def check_adapter_names(adapter_names: Any, present: Mapping[str, Any]) -> None:
+    """Checks the `adapter_names` of a forward pass.
+
+    Args:
+        adapter_names: one per sample.
+        present: the adapters of the model and their configs.
+
+    Raises:
+        TypeError: they are no list.
+        ValueError: one of them is neither in the model nor `"__base__"`, or its values are yet to be loaded.
+    """
+    if not isinstance(adapter_names, (list, tuple)):
+        raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+    unknown = set(adapter_names) - {*present, BASE}
+    if unknown:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; the model has "
+            f"{', '.join(present)}, and {BASE} stands for none."
+        )
+    waiting = sorted(name for name in {*adapter_names} - {BASE} if present[name].waits_for_values)
+    if waiting:
+        raise ValueError(f"The values of adapter(s) {', '.join(waiting)} are yet to be loaded: wait for load_adapter.")

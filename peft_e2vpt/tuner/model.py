@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -17,12 +18,15 @@ from ..backbones.sites import find_attention_sites
 from .config import E2VPTConfig
 from .heads import ClassesOfAdapters, unwrap_unused, wrap
 from .layer import E2VPTLayer
-from .mixed_batch import BASE, check_adapter_names, one_adapter_per_sample
+from .mixed_batch import BASE, SWITCHING, active_adapters_kept, check_adapter_names, one_adapter_per_sample
 from .prompt_layers import CONTAINER, PromptLayers, restore_base_model, tag
 from .shallow import ShallowInsertion
 from .state_dict import TunerOnDisk
-from .summary import PromptSummary, summarise
 from .targets import cast_heads, check_heads, check_sites, choose_heads, find_targets, matches, own_copy
+
+
+if TYPE_CHECKING:
+    from .summary import PromptSummary
 
 
 class E2VPTModel(TunerOnDisk):
@@ -114,8 +118,7 @@ class E2VPTModel(TunerOnDisk):
         if shallow and layer is first:
             last = self._sites[self._targets[-1]][0]
             blocks = [site.block for index, site in self._sites.values() if layer.index <= index <= last]
-            insertions = getattr(self.model, CONTAINER).insertions
-            insertions[adapter_name] = ShallowInsertion(adapter_name, layer, blocks)
+            self._container.insertions[adapter_name] = ShallowInsertion(adapter_name, layer, blocks)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
 
@@ -124,8 +127,12 @@ class E2VPTModel(TunerOnDisk):
         if not hasattr(self.model, CONTAINER):
             blocks = [site.block for _, site in self._sites.values()]
             self.model.add_module(CONTAINER, PromptLayers(self.model, blocks))
+        return self._container.layer_of(*self._sites[name])
+
+    @property
+    def _container(self) -> PromptLayers:
         container: PromptLayers = getattr(self.model, CONTAINER)
-        return container.layer_of(*self._sites[name])
+        return container
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -134,15 +141,28 @@ class E2VPTModel(TunerOnDisk):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
-            yield
+        if adapter_names is None and (self.training or torch.compiler.is_compiling()):
+            yield  # checkpoints run again after the pass, and compiled code notices what is active
+            return
+        layers = self._container.layers()
+        if adapter_names is None or layers[0].disable_adapters:
+            with active_adapters_kept(layers):
+                yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         check_adapter_names(adapter_names, self.peft_config)
-        self._refuse_shallow(set(adapter_names) - {BASE}, "be one of several in a batch")
-        with one_adapter_per_sample(self.model, list(adapter_names)):
+        adapters = set(adapter_names) - {BASE}
+        self._refuse_shallow(adapters, "be one of several in a batch")
+        configs = {name: self.peft_config[name] for name in adapters}
+        with one_adapter_per_sample(self.model, adapter_names):
             yield
+        gone = sorted(name for name, config in configs.items() if self.peft_config.get(name) is not config)
+        if gone:
+            raise RuntimeError(
+                f"{', '.join(gone)} was deleted or replaced while a batch ran with it, so its answers are dropped: "
+                "run the batch again."
+            )
 
     def _refuse_shallow(self, adapter_names: Iterable[str], purpose: str) -> None:
         for name in adapter_names:
@@ -155,23 +175,25 @@ class E2VPTModel(TunerOnDisk):
     # ------------------------------------------------------------------------------------------------------ activating
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes an adapter the active one, and the config of the model name the classes of that adapter."""
-        super().set_adapter(adapter_name, inference_mode)
-        self._show_classes()
+        with SWITCHING:
+            super().set_adapter(adapter_name, inference_mode)
+            self._show_classes()
 
     def enable_adapter_layers(self) -> None:
         """Switches adapters on again."""
-        super().enable_adapter_layers()
-        self._show_classes()
+        with SWITCHING:
+            super().enable_adapter_layers()
+            self._show_classes()
 
     def disable_adapter_layers(self) -> None:
         """Switches adapters off: the model, with the classes in its config, is the base model."""
-        super().disable_adapter_layers()
-        self._classes.show(self.model, None)
+        with SWITCHING:
+            super().disable_adapter_layers()
+            self._classes.show(self.model, None)
 
     @property
     def _classes(self) -> ClassesOfAdapters:
-        classes: ClassesOfAdapters = getattr(self.model, CONTAINER).classes
-        return classes
+        return self._container.classes
 
     def _show_classes(self) -> None:
         active = self.active_adapters
@@ -192,6 +214,8 @@ class E2VPTModel(TunerOnDisk):
         Raises:
             ValueError: the adapter does not exist.
         """
+        from .summary import summarise  # when somebody asks
+
         # none is active where the last active one was deleted
         adapter_name = adapter_name or next(iter((*self.active_adapters, *self.peft_config)))
         self._check_names([adapter_name])
@@ -279,7 +303,8 @@ class E2VPTModel(TunerOnDisk):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; with the last one, the base model is what it was before."""
-        super().delete_adapter(adapter_name)
+        with SWITCHING:
+            super().delete_adapter(adapter_name)
         self._remove_insertion(adapter_name)
         unwrap_unused(self.model)
         self._classes.remove(self.model, adapter_name)

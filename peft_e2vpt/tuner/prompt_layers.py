@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..attention.interface import running_as
-from ..backbones.sites import AttentionSite
+from ..backbones.sites import AttentionSite, WeakModule
 from .heads import ClassesOfAdapters, unwrap, wrappers
 from .layer import E2VPTLayer
 from .shallow import ShallowInsertion
@@ -78,7 +76,12 @@ class PromptLayers(nn.ModuleDict):
         self.classes = ClassesOfAdapters()
         self.register_load_state_dict_post_hook(_refresh_constants_after_load)  # type: ignore[no-untyped-call]
         self._handles = [module.register_forward_hook(self._require_gradient) for module in _before(blocks, model)]
-        self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        self._checkpointing = [WeakModule(module) for module in checkpointing]
+
+    def layers(self) -> list[E2VPTLayer]:
+        """All prompt layers, in the order in which they were made."""
+        return [layer for layer in self.values() if isinstance(layer, E2VPTLayer)]
 
     def layer_of(self, index: int, site: AttentionSite) -> E2VPTLayer:
         """The prompt layer of a self-attention, made on first demand."""
@@ -92,7 +95,7 @@ class PromptLayers(nn.ModuleDict):
         """Lets a gradient into the first block: reentrant checkpoints give none to what is inside without it."""
         if not module.training or not torch.is_grad_enabled():
             return None
-        checkpointing = any(module.gradient_checkpointing for module in self._checkpointing)
+        checkpointing = any(module().gradient_checkpointing for module in self._checkpointing)
         if checkpointing and any(not layer.disable_adapters for layer in prompt_layers(self)):
             return _requiring_gradient(output)
         return None
@@ -173,22 +176,6 @@ def active_prompt_layers(model: nn.Module, adapter_name: str | None = None) -> t
 def attention_configs(layers: Iterable[E2VPTLayer]) -> list[Any]:
     """The configs that tell the attention implementation of layers; without those that ask none."""
     return [config for layer in layers if (config := layer.attention_config) is not None]
-
-
-@contextmanager
-def gates_on(place: str, layers: list[E2VPTLayer]) -> Iterator[None]:
-    """Lets attentions that cannot add to their scores (flash, flex) run as sdpa where gates are on the `"attention"`.
-
-    Args:
-        place: `"attention"` or `"embedding"`.
-        layers: the layers whose gates are measured.
-    """
-
-    def cannot(implementation: str) -> bool:
-        return place == "attention" and ("flash" in implementation or "flex" in implementation)
-
-    with running_as("sdpa", attention_configs(layers), cannot):
-        yield
 
 
 def tag(model: nn.Module) -> None:

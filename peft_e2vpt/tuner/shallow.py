@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.rows import visible_value
+from ..backbones.sites import WeakModule
 from .layer import E2VPTLayer
 
 
@@ -50,8 +51,8 @@ class ShallowInsertion:
     def __init__(self, adapter_name: str, layer: E2VPTLayer, blocks: list[nn.Module]) -> None:
         assert layer.site.prefix_tokens is not None
         self.adapter_name = adapter_name
+        self._blocks = [WeakModule(block) for block in blocks]
         self.layer = layer
-        self.blocks = blocks
         self.prefix_tokens = layer.site.prefix_tokens
         self.handles = [
             blocks[0].register_forward_pre_hook(self._insert, with_kwargs=True),
@@ -62,6 +63,11 @@ class ShallowInsertion:
             self.mask_place = parameters.index("attention_mask")
             self.handles += [block.register_forward_pre_hook(self._widen_mask, with_kwargs=True) for block in blocks]
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks that the prompts pass."""
+        return [block() for block in self._blocks]
+
     def detach(self) -> None:
         """Removes the hooks."""
         for handle in self.handles:
@@ -69,8 +75,7 @@ class ShallowInsertion:
 
     def is_active(self) -> bool:
         """Whether a forward pass now has the prompts in its sequence."""
-        layer = self.layer
-        return not layer.disable_adapters and layer.mixed_batch is None and self.adapter_name in layer.active_adapters
+        return self.adapter_name in self.layer.adapters_of_pass()
 
     def _insert(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.is_active():

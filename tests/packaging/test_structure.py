@@ -18,7 +18,7 @@ ARROWS = {
     "_compat": set(),
     "distributed": set(),
     "backbones": {"_compat"},
-    "attention": {"_compat"},
+    "attention": {"_compat", "backbones"},
     "tuner": {"_compat", "attention", "backbones", "distributed"},
     "evaluation": {"distributed"},
     "embeddings": {"evaluation"},
