@@ -30,6 +30,11 @@ class _Batch(threading.local):
 _batch = _Batch()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _num_samples_of_this_thread() -> int | None:
+    return _batch.num_samples
+
+
 def _refresh_gates_after_load(layer: E2VPTLayer, incompatible_keys: Any) -> None:
     layer.refresh_gates()
 
@@ -174,24 +179,26 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
         """How many samples stand behind the sequences that the attention sees."""
         if not self.site.backbone.windows:
             return num_sequences
-        counted = self._num_samples if torch.compiler.is_compiling() else _batch.num_samples
+        compiles = self.training and torch.compiler.is_compiling()
+        counted: int | None = self._num_samples if compiles else _num_samples_of_this_thread()
         return num_sequences if counted is None else counted
 
     def _rows_of_adapters(self, num_sequences: int, dtype: torch.dtype) -> Rows | None:
-        num_samples = self._samples_of(num_sequences)
         choice = current_choice()
         if choice is None or choice.mixed is None:
-            names = self.adapters_of_pass()
-            return side_by_side([p for name in names for p in self._parts(name, num_samples, dtype)])
+            num_dropped = self._samples_of(num_sequences) if self.training else None
+            active = self.adapters_of_pass()
+            return side_by_side([part for name in active for part in self._parts(name, num_dropped, dtype)])
+        num_samples = self._samples_of(num_sequences)
         names, of_sample, _ = choice.mixed
         if len(of_sample) != num_samples:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(of_sample)} and {num_samples} respectively."
             )
-        return one_per_sample([side_by_side(self._parts(name, num_samples, dtype)) for name in names], of_sample)
+        return one_per_sample([side_by_side(self._parts(name, None, dtype)) for name in names], of_sample)
 
-    def _parts(self, adapter_name: str, num_samples: int, dtype: torch.dtype) -> list[Rows]:
+    def _parts(self, adapter_name: str, num_dropped: int | None, dtype: torch.dtype) -> list[Rows]:
         """The rows of an adapter: the constants of a merged one, or those of visual and of key-value prompts."""
         if adapter_name not in self.e2vpt_config:
             return []
@@ -199,7 +206,7 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
             constants = self.e2vpt_merged_rows._buffers.get(adapter_name)  # looked up once: a thread may unmerge
             if constants is not None:
                 return [rows_of_constants(self, adapter_name, constants)]
-        return rows_of_prompts(self, adapter_name, num_samples, dtype)
+        return rows_of_prompts(self, adapter_name, num_dropped, dtype)
 
     def computed_rows(self, adapter_name: str) -> Tensor:
         """The rows of an adapter without dropout and gradient: keys and values, a tensor (2, 1, H, P, d)."""

@@ -403,8 +403,12 @@ def test_attentions_that_cannot_bias_a_score_give_way_while_scores_are_measured(
     config = prompt_layers(model)[0].site.attention.config.__dict__["_e2vpt_source"]
     config._attn_implementation = implementation  # as on a GPU
     found = score_prompts(model, [batch])
-    assert torch.equal(found.token, expected.token) and torch.equal(found.segment, expected.segment)
-    assert search_pruning(model, expected, [batch], min_segments=1).candidates == searched.candidates
+    torch.testing.assert_close(found.token, expected.token, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.segment, expected.segment, rtol=1e-4, atol=1e-7)
+    qualities = [
+        candidate.quality for candidate in search_pruning(model, expected, [batch], min_segments=1).candidates
+    ]
+    assert qualities == pytest.approx([candidate.quality for candidate in searched.candidates], rel=1e-5)
     assert config._attn_implementation == implementation
 
 

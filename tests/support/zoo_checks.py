@@ -7,9 +7,12 @@ measured. `applies` says to which models a statement applies.
 
 from __future__ import annotations
 
+import gc
 import re
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -257,6 +260,38 @@ def compiled_equals_uncompiled(name: str) -> float:
     return difference
 
 
+def threads_get_the_answers_of_one(name: str, **changes: Any) -> float:
+    model, inputs = adapt(name, **changes)
+    model.eval()
+
+    @torch.no_grad()
+    def run_three_times() -> list[Tensor]:
+        return [run(model, inputs) for _ in range(3)]
+
+    expected = run_three_times()[0]
+    with ThreadPoolExecutor(8) as pool:
+        passes = [pool.submit(run_three_times) for _ in range(8)]
+    assert all(torch.equal(answer, expected) for found in passes for answer in found.result())
+    return 0.0
+
+
+def memory_is_freed_with_the_model(name: str, **changes: Any) -> float:
+    def lives_on(make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> bool:
+        model, inputs = make()
+        run(model.eval(), inputs)
+        reference = weakref.ref(next(model.parameters()))
+        gc.collect()
+        gc.disable()
+        try:
+            del model
+            return reference() is not None
+        finally:
+            gc.enable()
+
+    assert lives_on(lambda: adapt(name, **changes)) == lives_on(lambda: build(name))
+    return 0.0
+
+
 Statement = Callable[..., float]
 STATEMENTS: tuple[Statement, ...] = (
     prompts_have_an_effect,
@@ -266,6 +301,8 @@ STATEMENTS: tuple[Statement, ...] = (
     disabled_equals_the_base_model,
     saved_equals_loaded,
     checkpointing_leaves_gradients_equal,
+    threads_get_the_answers_of_one,
+    memory_is_freed_with_the_model,
 )
 ABOUT_HEADS: tuple[Statement, ...] = (  # they hold for a head that trains, too
     prompts_have_an_effect,
