@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
 from peft import PeftType
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 
@@ -18,6 +20,7 @@ __all__ = [
     "BatchNorm",
     "BufferDict",
     "ExcludedModule",
+    "device_and_dtype",
     "offload_device",
     "peft_type",
     "takes_processor",
@@ -66,3 +69,28 @@ def offload_device(module: nn.Module) -> torch.device | None:
         if getattr(hook, "offload", False):
             return torch.device(hook.execution_device)
     return None
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """The weights of a module: parameters, then buffers, then those that torch's quantised layers hold packed."""
+    yield from module.parameters()
+    yield from module.buffers()
+    for part in module.modules():
+        packed: Any = getattr(part, "weight", None)
+        if isinstance(packed, MethodType):
+            yield packed()
+
+
+def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    """Where a module runs, and the type of the numbers that it computes with, quantised or not.
+
+    Returns:
+        The device, that of its weights or the one to which Accelerate loads them, and the type of the first weight
+        that is neither an integer nor of 8 bits; `None` where there is none, for instance because all are quantised.
+    """
+    tensors = list(_tensors_of(module))
+    device = tensors[0].device if tensors else torch.get_default_device()
+    if device.type == "meta":
+        device = offload_device(module) or device
+    dtypes = [tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1]
+    return device, dtypes[0] if dtypes else None

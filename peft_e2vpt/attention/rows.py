@@ -83,6 +83,11 @@ def visible_value(mask: Tensor) -> int:
     return 1 if mask.dim() == 2 or mask.dtype == torch.bool else 0
 
 
+def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that selects, as one that is added to scores: 0 where it is true, the lowest number elsewhere."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
 def _extend_mask(mask: Any, rows: Rows, num_keys: int, dtype: torch.dtype, num_sequences: int) -> Any:
     """Adds the columns of the rows to an attention mask: visible to every query, biased by `rows.score_bias`."""
     behind = rows.num_behind
@@ -98,7 +103,7 @@ def _extend_mask(mask: Any, rows: Rows, num_keys: int, dtype: torch.dtype, num_s
     if mask is None:
         return bias
     if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        mask = as_added(mask, dtype)
     return mask + bias
 
 

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -251,9 +252,22 @@ def _config_of(modules: dict[str, nn.Module], name: str) -> Any:
     """The config of an attention, or of the nearest model around it."""
     if hasattr(modules[name], "config"):
         return modules[name].config
+    return getattr(_tower_of(modules, name), "config", None)
+
+
+def _tower_of(modules: dict[str, nn.Module], name: str) -> nn.Module:
+    """The nearest model of transformers around the module `name`, or else the whole."""
     while name and not isinstance(modules[name], PreTrainedModel):
         name = name.rpartition(".")[0]
-    return getattr(modules[name], "config", None)
+    return modules[name]
+
+
+def towers_that_add_masks(model: nn.Module, sites: Iterable[AttentionSite]) -> list[nn.Module]:
+    """The towers that sum position bias and attention mask, and take a mask."""
+    modules = dict(model.named_modules())
+    adding = [site for site in sites if site.backbone.adds_mask is not None and site.backbone.adds_mask(site.config)]
+    towers = dict.fromkeys(_tower_of(modules, site.name) for site in adding)
+    return [tower for tower in towers if "attention_mask" in inspect.signature(tower.forward).parameters]
 
 
 def _describe(name: str, module: nn.Module) -> Backbone | None:

@@ -40,6 +40,8 @@ class Backbone:
         bias: name of the bias of a common projection that is a bare weight.
         value_bias: name of a bias of the values that is kept outside their projection.
         cosine: whether scores are those of normalised queries and keys.
+        adds_mask: a function of the model's config, whether a model sums position bias and attention mask before it
+            calls its attentions.
         score_bias: what the position bias adds to the score of a token on average, where it is not about 0.
         one_graph: whether torch.compile sees the attention as one graph; where it breaks inside, the attention stays
             uncompiled.
@@ -66,6 +68,7 @@ class Backbone:
     bias: str | None = None
     value_bias: str | None = None
     cosine: bool = False
+    adds_mask: Callable[[Any], bool] | None = None
     score_bias: float = 0.0
     one_graph: bool = True
     where: str = ""
@@ -76,9 +79,12 @@ def _class_and_registers(config: Any) -> int:
     return 1 + int(config.num_register_tokens)
 
 
+def _has_position_bias(config: Any) -> bool:
+    return bool(config.use_relative_position_bias or config.use_shared_relative_position_bias)
+
+
 def _class_without_bias(config: Any) -> int | None:
-    has_bias = config.use_relative_position_bias or config.use_shared_relative_position_bias
-    return None if has_bias else 1
+    return None if _has_position_bias(config) else 1
 
 
 def _qkv(norm: str | None, heads: str = "num_heads", **others: Any) -> Backbone:
@@ -107,7 +113,7 @@ BACKBONES: dict[str, Backbone | tuple[Backbone, ...]] = {
     "Dinov2Attention": Backbone("norm1", prefix_tokens=1),
     "Dinov2WithRegistersAttention": Backbone("norm1", prefix_tokens=_class_and_registers),
     "DINOv3ViTAttention": Backbone("norm1", prefix_tokens=_class_and_registers),
-    "BeitAttention": Backbone("layernorm_before", prefix_tokens=_class_without_bias),
+    "BeitAttention": Backbone("layernorm_before", prefix_tokens=_class_without_bias, adds_mask=_has_position_bias),
     "CLIPAttention": Backbone("layer_norm1", prefix_tokens=1),
     "SiglipAttention": Backbone("layer_norm1", prefix_tokens=0),
     "Siglip2Attention": Backbone("layer_norm1"),

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .._compat import BufferDict, offload_device
+from .._compat import BufferDict, device_and_dtype
 from ..attention import interface, torch_function
 from ..attention.rows import Rows, one_per_sample, side_by_side
 from ..backbones.sites import AttentionSite
@@ -132,12 +132,7 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
         return attention
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
-        parameters = list(base_layer.parameters())
-        dtypes = [parameter.dtype for parameter in parameters if parameter.dtype.is_floating_point]
-        device = parameters[0].device
-        if device.type == "meta":
-            device = offload_device(base_layer) or device
-        return device, dtypes[0] if dtypes else None
+        return device_and_dtype(base_layer)
 
     def update_layer(
         self, adapter_name: str, config: E2VPTConfig, has_visual_prompts: bool, kv_source: E2VPTLayer | None

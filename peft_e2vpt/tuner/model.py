@@ -125,8 +125,8 @@ class E2VPTModel(TunerOnDisk):
     def _layer_of(self, name: str) -> E2VPTLayer:
         """The prompt layer of the self-attention called `name`, made on first demand."""
         if not hasattr(self.model, CONTAINER):
-            blocks = [site.block for _, site in self._sites.values()]
-            self.model.add_module(CONTAINER, PromptLayers(self.model, blocks))
+            sites = [site for _, site in self._sites.values()]
+            self.model.add_module(CONTAINER, PromptLayers(self.model, sites))
         return self._container.layer_of(*self._sites[name])
 
     @property

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..backbones.sites import AttentionSite, WeakModule
+from .._compat import device_and_dtype
+from ..attention.rows import as_added
+from ..backbones.sites import AttentionSite, WeakModule, towers_that_add_masks
 from .heads import ClassesOfAdapters, unwrap, wrappers
 from .layer import E2VPTLayer
 from .shallow import ShallowInsertion
@@ -61,7 +63,7 @@ class PromptLayers(nn.ModuleDict):
 
     Args:
         model: the base model.
-        blocks: the transformer blocks of its self-attentions.
+        sites: its self-attentions.
 
     Attributes:
         base_requires_grad: which parameters of the base model required a gradient before it was adapted.
@@ -69,13 +71,18 @@ class PromptLayers(nn.ModuleDict):
         classes: the classes of adapters that have their own.
     """
 
-    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, sites: list[AttentionSite]) -> None:
         super().__init__()
         self.base_requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.insertions: dict[str, ShallowInsertion] = {}
         self.classes = ClassesOfAdapters()
         self.register_load_state_dict_post_hook(_refresh_constants_after_load)  # type: ignore[no-untyped-call]
-        self._handles = [module.register_forward_hook(self._require_gradient) for module in _before(blocks, model)]
+        before = _before([site.block for site in sites], model)
+        self._handles = [module.register_forward_hook(self._require_gradient) for module in before]
+        self._handles += [
+            tower.register_forward_pre_hook(self._add_mask_as_scores, with_kwargs=True)
+            for tower in towers_that_add_masks(model, sites)
+        ]
         checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._checkpointing = [WeakModule(module) for module in checkpointing]
 
@@ -99,6 +106,22 @@ class PromptLayers(nn.ModuleDict):
         if checkpointing and any(not layer.disable_adapters for layer in prompt_layers(self)):
             return _requiring_gradient(output)
         return None
+
+    def _add_mask_as_scores(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Lets a mask shift no score that it shows: a boolean one added to a position bias is 1 there, and 0 for rows.
+
+        transformers makes one of its own accord while it exports a model.
+        """
+        if all(layer.disable_adapters for layer in self.layers()):
+            return None
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)  # adds 0 to numbers of any type
+        elif mask.dim() == 2 or not mask.is_floating_point():
+            dtype = device_and_dtype(tower)[1] or torch.get_default_dtype()
+            mask = as_added(mask.bool()[:, None, None] if mask.dim() == 2 else mask.bool(), dtype)
+        return args, {**kwargs, "attention_mask": mask}
 
     def detach(self) -> None:
         """Leaves the base model: its modules are as they were before."""

@@ -28,6 +28,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kv only": ("dinov2", KV_ONLY),
     "kv across layers": ("vit", {"share_kv_prompts_across_layers": True}),
     "rows behind": ("siglip2", {"kv_prompt_position": "after"}),
+    "relative bias": ("beit_relative_bias", {}),
+    "shared bias": ("beit_shared_bias", {}),
     "eager attention": ("beit_relative_bias", {"attn_implementation": "eager"}),
 }
 cases = pytest.mark.parametrize("case", CASES)
