@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from .quality import ModelQuality, Quality
 from .ranking import MIN_SEGMENTS, MIN_TOKENS, check_amount, check_ratio, renamed
@@ -30,6 +31,14 @@ def _check_choice(name: str, value: object, choices: Any) -> None:
 
 class PruningArguments:
     """What a run with pruning is asked to do; `PruneRewindCallback` documents the arguments."""
+
+    _made_from: dict[str, Any] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lets a subclass note what it is made from: a checkpoint holds that, and attributes may have other names."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _noting(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -102,21 +111,55 @@ class PruningArguments:
         """What stays at least."""
         return {"min_tokens": self.min_tokens, "min_segments": self.min_segments}
 
-    def exported_arguments(self) -> tuple[dict[str, Any], list[str]]:
-        """The arguments that a checkpoint can hold, those of a subclass too, and the names of those it cannot."""
-        of_class = inspect.signature(type(self)).parameters.values()
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in of_class)
-        of_base = _parameters(PruningArguments) if takes_all else []
-        held, left_out = {}, []
-        for name in dict.fromkeys((*_parameters(type(self)), *of_base)):
-            value = getattr(self, name, None)
-            if value is None or name == "trainer":
-                continue
-            if name not in DATASETS and _fits_into_json(value):
-                held[name] = value
+    def exported_arguments(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
+        """What a checkpoint can hold of the arguments.
+
+        Returns:
+            What the object, be it of a subclass, was made from, by name; the arguments of this class as they are now;
+            and the names of what the checkpoint cannot hold, with whether the object was made from it.
+        """
+        of_base = {name: vars(self)[name] for name in _parameters(PruningArguments) if name in vars(self)}
+        made_from = self._made_from
+        if made_from is None:
+            made_from = {name: getattr(self, name, None) for name in _parameters(type(self))}
+        left_out = {
+            name: name in made_from
+            for name, value in {**made_from, **of_base}.items()
+            if name != "trainer" and value is not None and (name in DATASETS or not _fits_into_json(value))
+        }
+        required = [n for n, p in inspect.signature(type(self)).parameters.items() if p.default is p.empty]
+        held = {n: v for n, v in made_from.items() if n not in (*left_out, "trainer")}
+        held |= {n: None for n in left_out if n in required}  # so that the Trainer can make a callback, to be refused
+        held = {n: v for n, v in held.items() if v is not None or n in required}
+        kept = {n: v for n, v in of_base.items() if n not in (*left_out, "trainer")}
+        return held, kept, left_out
+
+
+def _noting(init: Callable[..., None]) -> Callable[..., None]:
+    """An `__init__` that notes its arguments by name; those given by position alone get a star, and fit nowhere."""
+
+    @functools.wraps(init)
+    def noting(self: PruningArguments, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        signature = inspect.signature(init)
+        given = signature.bind(self, *args, **kwargs).arguments
+        self._made_from = {}
+        for name, value in list(given.items())[1:]:
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                self._made_from |= value
+            elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+                self._made_from[f"*{name}"] = _ByPosition(value)
             else:
-                left_out.append(name)
-        return held, left_out
+                self._made_from[name] = value
+
+    return noting
+
+
+class _ByPosition(NamedTuple):
+    """A value that no keyword can give back."""
+
+    value: Any
 
 
 def _parameters(kind: type) -> list[str]:
@@ -126,6 +169,8 @@ def _parameters(kind: type) -> list[str]:
 
 
 def _fits_into_json(value: Any) -> bool:
+    if isinstance(value, _ByPosition):
+        return False
     try:
         json.dumps(value)
     except (TypeError, ValueError):
