@@ -144,28 +144,16 @@ def test_the_best_model_of_a_moved_run_is_found(target: str, tmp_path: Path) -> 
         assert_same_run(resumed_run(moved, moved / f"checkpoint-{step}", callback, **settings), expected)
 
 
-def test_a_trial_of_a_search_for_hyperparameters_keeps_its_own(tmp_path: Path) -> None:
-    """Such a search writes checkpoints into a folder for each trial."""
-    settings = {**SHORT, "eval_strategy": "steps", "eval_steps": 8}
-    trainer = trainer_for(tmp_path, PruneRewindCallback(**HALF), **settings)
-    trainer.model_init = lambda trial=None: adapted()
+def test_a_trial_of_a_search_for_hyperparameters_keeps_its_own(straight: Trainer, tmp_path: Path) -> None:
+    """Such a search writes the checkpoints of each trial into a folder of its own."""
 
-    class Trial:
-        number = 3
-        params: dict[str, Any] = {}
+    class OfTrial(Trainer):
+        def _get_output_dir(self, trial: Any) -> str:
+            return f"{self.args.output_dir}/run-3"
 
-    from transformers.trainer_utils import HPSearchBackend
-
-    trainer.hp_search_backend, trainer.hp_space, trainer.hp_name = HPSearchBackend.OPTUNA, lambda trial: {}, None
-    trainer.compute_objective = lambda metrics: 0.0
-    trainer._hp_search_setup = lambda trial: None
-    trainer.train(trial=Trial())
-    assert (tmp_path / "run-3" / "checkpoint-2" / TARGET_FILE).exists()
-    assert (tmp_path / "run-3" / "checkpoint-8" / "pruning_report.json").exists()
-    expected = state_of(trainer.model)
+    trainer_for(tmp_path, PruneRewindCallback(**HALF), trainer_class=OfTrial, **SHORT).train()
     for step in (2, 6):
-        resumed = resumed_run(tmp_path / "new", tmp_path / "run-3" / f"checkpoint-{step}")
-        assert_same_bits(state_of(resumed.model), expected)
+        assert_same_run(resumed_run(tmp_path / "new", tmp_path / "run-3" / f"checkpoint-{step}"), straight)
 
 
 @pytest.mark.parametrize("limit", [1, 2])
