@@ -40,10 +40,8 @@ def is_sharded(model: nn.Module) -> bool:
     return any(_is_dtensor(parameter) or _is_partitioned(parameter) for parameter in model.parameters())
 
 
-def reshard(model: nn.Module) -> None:
-    """Puts sharded parameters back in place that a forward or backward pass has left gathered.
-
-    FSDP2 would lose a change in place with the gathered copies; ZeRO-3 would refuse it.
+def refuse_flat_parameters(model: nn.Module) -> None:
+    """Refuses FSDP1, whose processes hold empty or flat tensors in place of parameters.
 
     Raises:
         ValueError: FSDP1 shards the model.
@@ -54,6 +52,18 @@ def reshard(model: nn.Module) -> None:
                 "The model is wrapped in FullyShardedDataParallel (FSDP1), which hides single parameters in flat "
                 "ones: shard it with torch.distributed.fsdp.fully_shard (FSDP2)."
             )
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts sharded parameters back in place that a forward or backward pass has left gathered.
+
+    FSDP2 would lose a change in place with the gathered copies; ZeRO-3 would refuse it.
+
+    Raises:
+        ValueError: FSDP1 shards the model.
+    """
+    refuse_flat_parameters(model)
+    for module in model.modules():
         if hasattr(type(module), "reshard"):
             module.reshard()  # type: ignore[operator]
     for optimizer in {p._z3_optimizer for p in model.parameters() if hasattr(p, "_z3_optimizer")}:

@@ -38,7 +38,9 @@ class PruneRewindCallback(PruningArguments, TrainerCallback, ExportableState):
     The first part trains all prompts. Between two optimizer steps the prompts are scored on training data, pruned, and
     rewound together with the head. The second part then has the user's learning rate, weight decay and a complete
     warm-up and decay of its own, with a fresh optimizer state. `load_best_model_at_end` and `EarlyStoppingCallback`
-    see the second part only. A run resumed from any checkpoint equals the straight run.
+    see the second part only. A run resumed from any checkpoint equals the straight run; all that it needs lies in the
+    checkpoint. Resumed for more or fewer epochs, it stays pruned if it is, and each part that is still to end has a
+    schedule that ends with it.
 
     Without `prune_tokens`, `prune_segments` and `max_tuned_percentage` the amounts are searched on the Trainer's
     evaluation set. Every phase is tried on one batch before the first step, so that none fails half-way for a reason

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from ..distributed import is_sharded, sum_over_processes
+from ..distributed import is_sharded, refuse_flat_parameters, sum_over_processes
 from ..evaluation import batches, no_trace
 from ..tuner.config import E2VPTConfig
 from ..tuner.gates import GateOverride
@@ -129,10 +129,12 @@ def score_prompts(
         seed: makes random augmentations of the data repeatable.
 
     Raises:
-        ValueError: there is nothing to score, no batch (of a sharded model, in one process), or no loss.
+        ValueError: there is nothing to score, no batch (of a sharded model, in one process), or no loss, or FSDP1 shards
+            the model.
         TypeError: a batch is not a dictionary.
         FloatingPointError: a gradient is not finite.
     """
+    refuse_flat_parameters(model)
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     adapter_name, layers = active_prompt_layers(model, adapter_name)
     config = layers[0].e2vpt_config[adapter_name]

@@ -70,10 +70,13 @@ class TunerOnDisk(BaseTuner):
 
 
 def without_pruned_values(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """Turns every pruned tensor of visual prompts (M, D) into its kept values, a tensor (values,)."""
+    """Turns every pruned tensor of visual prompts (M, D) into its kept values, a tensor (values,).
+
+    Those that FSDP2 shards (`DTensor`) keep their shape: a sharded checkpoint is read into tensors of the same shape.
+    """
     layers = {str(layer.index): layer for layer in prompt_layers(model)}
     for key, tensor in tensors.items():
-        if f".e2vpt_visual_prompts.{adapter_name}" in key:
+        if f".e2vpt_visual_prompts.{adapter_name}" in key and not hasattr(tensor, "device_mesh"):
             kept = layers[key.split(".")[-3]].kept(adapter_name)
             if not kept.all():
                 tensors[key] = tensor[kept.to(tensor.device)]

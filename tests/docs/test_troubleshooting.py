@@ -22,11 +22,13 @@ import transformers
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from transformers import AutoModelForImageClassification, Trainer, ViTConfig, ViTForImageClassification
 
 import peft_e2vpt
-from peft_e2vpt import PruneRewindCallback, requirements, score_prompts, search_pruning
+from peft_e2vpt import PruneRewindCallback, requirements, score_prompts, search_pruning, trained_tensors
+from peft_e2vpt.pruning.callback import TARGET_FILE
 from tests.support.adapted import config_of
 from tests.support.models import VIT
 from tests.support.paths import ROOT
@@ -252,6 +254,15 @@ def frozen_with_callback() -> None:
     train(PruneRewindCallback(**HALF), PeftModel.from_pretrained(vit(), saved()))
 
 
+@under("FSDP1 hides the parameters")
+def fsdp1() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        trained_tensors(FullyShardedDataParallel(adapted(), device_id=torch.device("cpu"), use_orig_params=True))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @under("Several GPUs are used by one process")
 def data_parallel() -> None:
     for module in adapted().modules():  # as torch.nn.DataParallel does for every GPU
@@ -347,6 +358,30 @@ def schedule() -> None:
 def foreign_checkpoint() -> None:
     train(max_steps=2, save_strategy="steps", save_steps=1)
     trainer_for(HERE, PruneRewindCallback(**HALF), max_steps=4).train(resume_from_checkpoint="checkpoint-2")
+
+
+SAVED: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+
+
+@under("The checkpoint misses the values to rewind to")
+def incomplete_checkpoint() -> None:
+    train(PruneRewindCallback(**HALF), **SAVED)
+    (HERE / "checkpoint-1" / TARGET_FILE).unlink()
+    trainer_for(HERE, PruneRewindCallback(**HALF), **SAVED).train(resume_from_checkpoint="checkpoint-1")
+
+
+@under("The values to rewind to are those of another step")
+def another_target() -> None:
+    train(PruneRewindCallback(**HALF), **SAVED)
+    early = PruneRewindCallback(**HALF, rewind_to="early", early_steps=1)
+    trainer_for(HERE, early, **SAVED).train(resume_from_checkpoint="checkpoint-2")
+
+
+@under("The checkpoint has more steps behind it than the run is to have")
+def nothing_left() -> None:
+    train(PruneRewindCallback(**HALF), **SAVED)
+    shorter = {**SAVED, "max_steps": 3}
+    trainer_for(HERE, PruneRewindCallback(**HALF), **shorter).train(resume_from_checkpoint="checkpoint-4")
 
 
 # --------------------------------------------------------------------------------------------- scoring and searching
