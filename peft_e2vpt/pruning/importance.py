@@ -129,8 +129,8 @@ def score_prompts(
         seed: makes random augmentations of the data repeatable.
 
     Raises:
-        ValueError: there is nothing to score, no batch (of a sharded model, in one process), or no loss, or FSDP1 shards
-            the model.
+        ValueError: there is nothing to score, no batch (of a sharded model, in one process), or no loss; or FSDP1
+            shards the model.
         TypeError: a batch is not a dictionary.
         FloatingPointError: a gradient is not finite.
     """

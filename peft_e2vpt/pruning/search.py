@@ -194,9 +194,8 @@ def search_pruning(
         seed: makes random augmentations of the data repeatable.
 
     Raises:
-        ValueError: the scores do not fit the model, FSDP1 shards it, the dataloader is empty (of a sharded model, in one
-            process), or
-            its batches have neither labels nor loss.
+        ValueError: the scores do not fit the model, FSDP1 shards it, the dataloader is empty (of a sharded model, in
+            one process), or its batches have neither labels nor loss.
         TypeError: a batch is not a dictionary.
     """
     refuse_flat_parameters(model)
