@@ -12,6 +12,8 @@ from peft import PeftType
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
+from torch._subclasses import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 
@@ -21,6 +23,8 @@ __all__ = [
     "BufferDict",
     "ExcludedModule",
     "device_and_dtype",
+    "has_values",
+    "is_batched",
     "offload_device",
     "peft_type",
     "takes_processor",
@@ -94,3 +98,13 @@ def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype | Non
         device = offload_device(module) or device
     dtypes = [tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1]
     return device, dtypes[0] if dtypes else None
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether `torch.func.vmap` has put several tensors into this one, so that no number can be read from it."""
+    return bool(is_batchedtensor(tensor))
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there is anything to read from a tensor: not on the meta device, nor while torch only infers shapes."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))

@@ -87,7 +87,7 @@ def _leaves(
     first_only = config.gate_scope == "model"
     pairs = []
     for layer in layers[:1] if first_only else layers:
-        token, segment = layer.e2vpt_token_gates[adapter_name], layer.e2vpt_segment_gates[adapter_name]
+        token, segment = layer.gates(adapter_name)
         if config.token_gate == "attention":  # removed prompts take no part, all others start at a weight of 1
             token = torch.ones_like(token)
         pair = tuple(gate.expand(num_samples, *gate.shape).clone().requires_grad_() for gate in (token, segment))

@@ -252,8 +252,8 @@ def current_gates(model: nn.Module, adapter_name: str | None = None) -> Gates:
     adapter_name, layers = visual_prompt_layers(model, adapter_name)
     if layers[0].e2vpt_config[adapter_name].gate_scope == "model":
         layers = layers[:1]
-    token = torch.stack([layer.e2vpt_token_gates[adapter_name] for layer in layers])
-    return Gates(token, torch.stack([layer.e2vpt_segment_gates[adapter_name] for layer in layers]))
+    gates = [layer.gates(adapter_name) for layer in layers]
+    return Gates(torch.stack([token for token, _ in gates]), torch.stack([segment for _, segment in gates]))
 
 
 def apply_gates(model: nn.Module, gates: Gates, adapter_name: str | None = None) -> None:

@@ -121,7 +121,8 @@ class E2VPTConfig(PeftConfig):
             belong to one module. `None` finds the head of the model; `[]` trains none. The config of the adapted
             model says what was found, by full paths; the one that you pass stays as it is.
         init_weights (`bool`, *optional*, defaults to `True`):
-            Whether prompts start from the initialisations above; `False` leaves them at zero.
+            Other methods of PEFT start as a no-op, and `False` asks them for random values instead. Prompts are never
+            a no-op: they start from the initialisations above with either.
         labels (`list[str]`, *optional*):
             Names of the classes in the order of the logits. Written when the adapter is saved, from the `id2label` of
             its model; `peft_e2vpt.load` builds the head from it.
@@ -190,7 +191,7 @@ class E2VPTConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved; None finds the head."}
     )
-    init_weights: bool = field(default=True, metadata={"help": "Whether to draw the initial prompts."})
+    init_weights: bool = field(default=True, metadata={"help": "No effect: prompts are drawn with either."})
     labels: list[str] | None = field(
         default=None, metadata={"help": "Names of the classes; written when the adapter is saved."}
     )
@@ -203,6 +204,7 @@ class E2VPTConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = peft_type()
         self._adapter: tuple[weakref.ref[nn.Module], str] | None = None  # no field, so not in adapter_config.json
+        self.base_model_given = self.base_model_name_or_path  # PEFT writes the name of the model over it
         self.waits_for_values = False  # it was read from a file, and the adapter's values were not yet
         self._check_format()
         self._check_counts()

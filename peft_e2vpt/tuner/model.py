@@ -233,10 +233,12 @@ class E2VPTModel(TunerOnDisk):
         No gradient reaches the prompts in eval mode. Constants are not saved. `unmerge_adapter` undoes it, and so
         does, with PEFT's warning, adding or activating an adapter.
 
-        Constants are computed anew when training mode ends, a state dict or adapter is loaded, gates are set
-        (`prune`, `apply_gates`), and prompts are rewound. Nothing else is noticed: call `unmerge_adapter` and
-        `merge_adapter` after writing in eval mode into prompts, or into the norms and projections that they come
-        through, and after switching a LoRA on these projections on or off. A change of dtype casts constants.
+        Constants follow the prompts and gates of the adapter, whoever writes them: an optimizer, a pruning, a state
+        dict, an average of models. They are computed anew in the next forward pass, and for one that is compiled or
+        exported by the next `train()` or `eval()`. What torch does not count, as what is written through `.data`, is
+        noticed where training mode ends. A copy of the model computes its own. Nothing else is noticed: call
+        `unmerge_adapter` and `merge_adapter` after writing in eval mode into the norms and projections that prompts
+        come through, and after switching a LoRA on these projections on or off.
 
         Args:
             adapter_names: adapters in deep mode; by default the active ones.

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Size, Tensor, nn
 
 from .config import E2VPTConfig
-from .gates import kept_values
+from .gates import as_switches, kept_values
 from .heads import ClassesOfAdapters, can_resize, named, resize, wrappers
 from .prompt_layers import CONTAINER, adapted_model, prompt_layers
 
@@ -73,6 +73,7 @@ def without_pruned_values(model: nn.Module, tensors: dict[str, Tensor], adapter_
     """Turns every pruned tensor of visual prompts (M, D) into its kept values, a tensor (values,).
 
     Those that FSDP2 shards (`DTensor`) keep their shape: a sharded checkpoint is read into tensors of the same shape.
+    Gates are written as 0 and 1 also where those of an average of models lie between.
     """
     layers = {str(layer.index): layer for layer in prompt_layers(model)}
     for key, tensor in tensors.items():
@@ -80,6 +81,9 @@ def without_pruned_values(model: nn.Module, tensors: dict[str, Tensor], adapter_
             kept = layers[key.split(".")[-3]].kept(adapter_name)
             if not kept.all():
                 tensors[key] = tensor[kept.to(tensor.device)]
+        elif "_gates." in key and ".e2vpt_" in key:
+            config = layers[key.split(".")[-3]].e2vpt_config[adapter_name]
+            tensors[key] = as_switches(tensor, config.pruned_prompts)
     return tensors
 
 
@@ -227,7 +231,7 @@ def _spread(
 ) -> Tensor:
     token = given[name.replace("visual_prompts", "token_gates")]
     segment = given[name.replace("visual_prompts", "segment_gates")]
-    kept = kept_values(token, segment, live.shape[-1], config.segment_layout)
+    kept = kept_values(token, segment, live.shape[-1], config.segment_layout, config.pruned_prompts)
     if kept.shape != live.shape or int(kept.sum()) != values.numel():
         raise ValueError(
             f"The adapter's tensor {name} holds {values.numel()} values, but its gates keep {int(kept.sum())}: "

@@ -94,9 +94,9 @@ def summarise(model: nn.Module, adapter_name: str) -> PromptSummary:
             continue
         tokens = segments = values = 0
         if adapter_name in layer.e2vpt_visual_prompts:
-            gates = layer.e2vpt_token_gates[adapter_name]
-            tokens = int((gates != 0).sum())
-            segments = int(((layer.e2vpt_segment_gates[adapter_name] * gates[:, None]) != 0).sum())
+            token, segment = layer.gates(adapter_name)
+            tokens = int((token != 0).sum())
+            segments = int(((segment * token[:, None]) != 0).sum())
             values = int(layer.kept(adapter_name).sum())
         if adapter_name in layer.e2vpt_kv_prompts:
             values += numel(layer.e2vpt_kv_prompts[adapter_name])

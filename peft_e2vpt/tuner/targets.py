@@ -114,11 +114,14 @@ def _check_shallow(model: str, sites: list[AttentionSite]) -> None:
 
 
 def own_copy(config: E2VPTConfig) -> E2VPTConfig:
-    """A copy of a user's config for one model, in which heads are noted; what PEFT added to the user's goes."""
+    """A copy of a user's config for one model, in which heads are noted; what PEFT wrote into the user's goes."""
+    own = copy.deepcopy(config)
+    own.base_model_given = own.base_model_name_or_path
+    config.base_model_name_or_path = config.base_model_given
     names, added = config.modules_to_save, HEADS_OF_TEXT_MODELS.get(config.task_type or "", [])
     if names is not None and added and names[-len(added) :] == added:
-        config.modules_to_save = names[: -len(added)] or None
-    return copy.deepcopy(config)
+        own.modules_to_save = config.modules_to_save = names[: -len(added)] or None
+    return own
 
 
 def choose_heads(model: nn.Module, sites: list[AttentionSite], names: list[str] | None) -> list[str]:

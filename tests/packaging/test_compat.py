@@ -16,13 +16,23 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import AttentionInterface, ImageClassificationPipeline, Pipeline, PreTrainedModel, Trainer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import peft_e2vpt
 from peft_e2vpt import E2VPTLayer, E2VPTModel
-from peft_e2vpt._compat import BatchNorm, BufferDict, ExcludedModule, offload_device, takes_processor
+from peft_e2vpt._compat import (
+    BatchNorm,
+    BufferDict,
+    ExcludedModule,
+    has_values,
+    is_batched,
+    offload_device,
+    takes_processor,
+)
+from peft_e2vpt.tuner.prompts import Prompts
 from tests.support.models import build
 
 
@@ -42,6 +52,15 @@ def test_a_buffer_dict_holds_buffers_that_are_saved_if_it_is_persistent() -> Non
         module["two"] = torch.ones(1)
         module.clear()
         assert not list(module.buffers())
+
+
+def test_tensors_without_values_of_their_own_are_known() -> None:
+    assert has_values(torch.ones(2)) and not has_values(torch.ones(2, device="meta"))
+    with FakeTensorMode():
+        assert not has_values(torch.ones(2))
+    found = []
+    torch.func.vmap(lambda row: found.append(is_batched(row)) or row)(torch.ones(2, 3))
+    assert found == [True] and not is_batched(torch.ones(2))
 
 
 def test_an_excluded_module_counts_as_no_target() -> None:
@@ -87,6 +106,8 @@ OVERRIDDEN = [  # (class of another package, ours, method)
     (PeftModel, E2VPTModel, "_enable_peft_forward_hooks"),  # calls that of the tuner
     (BaseTunerLayer, E2VPTLayer, "_get_base_layer_device_and_dtype"),
     (BaseTunerLayer, E2VPTLayer, "_move_adapter_to_device_of_base_layer"),
+    (nn.Module, Prompts, "_apply"),
+    (nn.Module, E2VPTLayer, "_apply"),
     (nn.Module, E2VPTLayer, "_replicate_for_data_parallel"),
 ]
 
@@ -122,6 +143,8 @@ def _loaded_parameter() -> nn.Parameter:
 
 
 ATTRIBUTES: dict[str, Any] = {  # where each private attribute that is read or set comes from
+    "_apply": lambda: nn.Module,
+    "_buffers": lambda: nn.Module(),
     "_attn_implementation": lambda: build("vit")[0].config,
     "_cast_adapter_dtype": lambda: BaseTuner,
     "_created_lr_scheduler": lambda: inspect.getsource(Trainer.__init__),
@@ -132,12 +155,15 @@ ATTRIBUTES: dict[str, Any] = {  # where each private attribute that is read or s
     "_is_hf_initialized": _loaded_parameter,
     "_last_lr": lambda: LambdaLR(_optimizer(), lambda step: 1.0),
     "_load_from_state_dict": lambda: nn.Module,
+    "_modules": lambda: nn.Module(),
+    "_parameters": lambda: nn.Module(),
     "_prepare_inputs": lambda: Trainer,
     "_remap_adapter_state_dict_for_load": lambda: BaseTuner,
     "_remove_adapter_name_from_key": lambda: BaseTuner,
     "_require_grads_hooks": lambda: inspect.getsource(PreTrainedModel.enable_input_require_grads),
     "_reset": lambda: ReduceLROnPlateau(_optimizer()),
     "_train_batch_size": lambda: inspect.getsource(Trainer.__init__),
+    "_version": lambda: torch.ones(1),
 }
 OF_DEEPSPEED = {"_hp_mapping", "_z3_optimizer"}
 OF_PYTHON = {"_fields", "_replace", "_name_", "_value_", "_member_names_", "_member_map_", "_value2member_map_"}
