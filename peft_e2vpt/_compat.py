@@ -142,8 +142,8 @@ _LOAD_ADAPTER_OF_TRANSFORMERS = _code_of(PeftAdapterMixin.load_adapter)
 def loaded_from() -> Origin | None:
     """What PEFT or transformers is loading an adapter from right now; `None` where a new adapter is made.
 
-    Both make the adapter first and look for its tensors afterwards, and tell a tuner of neither. So this looks at their
-    local variables, which are the arguments of their public methods.
+    Both make the adapter first and look for its tensors afterwards, and tell a tuner of neither. So this looks at
+    their local variables, which are the arguments of their public methods.
     """
     frame = sys._getframe(1)
     while frame is not None:

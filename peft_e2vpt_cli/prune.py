@@ -114,11 +114,13 @@ def _processor_of(adapter: str, revision: str | None, subfolder: str | None, bas
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(adapter, revision=revision or "main", subfolder=subfolder or "")
+        return AutoImageProcessor.from_pretrained(
+            adapter, revision=revision or "main", subfolder=subfolder or "", trust_remote_code=False
+        )
     except OSError:
         pass  # most adapters are saved without one
     try:
-        return AutoImageProcessor.from_pretrained(base)
+        return AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
             f"Neither the adapter {adapter} nor its base model {base} has an image processor: save one beside the "

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -243,6 +244,13 @@ class E2VPTModel(TunerOnDisk):
         if mode:
             for config in self.peft_config.values():
                 config.waits_for_values = False
+            if not any(parameter.requires_grad for parameter in self.model.parameters()):
+                warnings.warn(
+                    f"The model is in training mode, but the adapter {self.active_adapters[0]!r} is frozen, so there "
+                    "is nothing to train: load it with is_trainable=True, as in peft_e2vpt.load(..., "
+                    "is_trainable=True) or PeftModel.from_pretrained(..., is_trainable=True).",
+                    stacklevel=2,
+                )
         super().train(mode)
         return self
 

@@ -296,7 +296,7 @@ def shapes_of_prompts(config: E2VPTConfig, sites: Sequence[tuple[int, AttentionS
 
 def values_of_heads(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
     """The parameters and buffers of modules that an adapter trains in full, by their names in its file."""
-    values = {}
+    values: dict[str, Tensor] = {}
     for path in paths:
         module = model.get_submodule(path)
         original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
