@@ -84,9 +84,12 @@ def _amounts(tokens: str | None, segments: str | None, max_tuned_percentage: flo
 
 def _amount(text: str) -> float | int:
     try:
-        return int(text) if text.isdecimal() else float(text)
+        amount = int(text) if text.isdecimal() else float(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is neither a ratio such as 0.5 nor a whole number such as 3.") from error
+    if isinstance(amount, float) and not 0.0 <= amount <= 1.0:
+        raise typer.BadParameter(f"{text!r} is neither a ratio from 0 to 1 nor a whole number such as 3.")
+    return amount
 
 
 def _prepare(

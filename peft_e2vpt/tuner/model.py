@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from .._compat import ExcludedModule, loaded_from
 from ..backbones.heads import has_input_embeddings
@@ -115,15 +115,13 @@ class E2VPTModel(TunerOnDisk):
         origin = loaded_from()
         if origin is None or config.companion is None:
             return
-        heads: dict[str, Tensor] = {}
-        if len(self.peft_config) == 1 or origin.by_transformers:  # else heads may get another number of classes
-            heads = values_of_heads(self.model, self._heads)
         check_file(
             config.companion.tensors(origin),
             self.model,
             config,
             shapes_of_prompts(config, [self._sites[name] for name in self._targets]),
-            heads,
+            values_of_heads(self.model, self._heads),
+            len(self.peft_config) > 1 and not origin.by_transformers,
             origin.by_transformers,
         )
 

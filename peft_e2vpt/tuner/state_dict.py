@@ -188,7 +188,12 @@ def _fit_heads(model: nn.Module, tensors: dict[str, Tensor], config: E2VPTConfig
         head = wrapper.modules_to_save[adapter_name]
         values = head.state_dict()
         different = [name for name, tensor in own.items() if tensor.shape != values[name].shape]
-        only_classes = all(own[name].shape[1:] == values[name].shape[1:] for name in different)
+        only_classes = all(own[name].shape[1:] == values[name].shape[1:] for name in different) and all(
+            len(own[other]) == len(own[name])  # weight and bias of a layer
+            for name in different
+            for other in own
+            if other.rpartition(".")[0] == name.rpartition(".")[0]
+        )
         if different and not (several and only_classes and can_resize(head, different)):
             name = different[0]
             raise ValueError(_head_mismatch(model, f"{path}.{name}", own[name].shape, values[name].shape, config))
@@ -310,6 +315,7 @@ def check_file(
     config: E2VPTConfig,
     prompts: dict[str, Size],
     heads: dict[str, Tensor],
+    any_classes: bool,
     by_transformers: bool,
 ) -> None:
     """Checks the tensors of a file before an adapter is made for them: of all but gates the header alone is read.
@@ -319,8 +325,8 @@ def check_file(
         model: the model that is about to be adapted.
         config: configuration of the adapter.
         prompts: the shapes that prompts and gates need, as `shapes_of_prompts` gives them.
-        heads: the parameters and buffers of the modules that the adapter trains in full, where their shapes are those
-            that the file needs to have.
+        heads: the parameters and buffers of the modules that the adapter trains in full, as the model has them.
+        any_classes: whether they may have another number of classes in the file.
         by_transformers: whether transformers itself loads the file, which cannot load pruned prompts.
 
     Raises:
@@ -332,8 +338,9 @@ def check_file(
         found = {name: shape for name, shape in shapes.items() if ".e2vpt_" in name}
         _check_names({**found, **{name: shapes[name] for name in heads if name in shapes}}, {**prompts, **heads})
         for name, tensor in heads.items():
-            if shapes[name] != tensor.shape:
-                raise ValueError(_head_mismatch(model, name, shapes[name], tensor.shape, config))
+            shape = shapes[name]
+            if shape != tensor.shape and not (any_classes and shape and shape[1:] == tensor.shape[1:]):
+                raise ValueError(_head_mismatch(model, name, shape, tensor.shape, config))
         for name in found:
             _check_shape(name, shapes[name], prompts[name])
         for name in (*found, *heads):
