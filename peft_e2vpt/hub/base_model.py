@@ -66,7 +66,7 @@ def class_of(where: str, config: E2VPTConfig) -> Any:
         cls = getattr(transformers, name, None)
         if cls is None and MODELLING.fullmatch(library) and find_spec(library):  # a tower is not public everywhere
             cls = getattr(import_module(library), name, None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel) and getattr(cls, "config_class", None)):
         full_name = f"{library}.{name}" if hasattr(transformers, name) else name
         raise ValueError(
             f"The adapter {where} was made for a {full_name}, which transformers {transformers.__version__} does not "
