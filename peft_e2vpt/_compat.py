@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import MethodType
 import inspect
 import math
 import sys
+from collections.abc import Iterator
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +32,8 @@ __all__ = [
     "BatchNorm",
     "BufferDict",
     "ExcludedModule",
-    "device_and_dtype",
     "Origin",
+    "device_and_dtype",
     "loaded_from",
     "offload_device",
     "peft_type",
