@@ -3,18 +3,30 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import sys
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from peft import PeftType
+from peft import PeftModel, PeftType
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch._subclasses import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from transformers.integrations.peft import PeftAdapterMixin
+
+
+if sys.version_info >= (3, 11):
+    from re import _constants as regex_codes  # type: ignore[attr-defined]
+    from re import _parser as regex_parser  # type: ignore[attr-defined]
+else:
+    import sre_constants as regex_codes
+    import sre_parse as regex_parser
 
 
 __all__ = [
@@ -22,12 +34,15 @@ __all__ = [
     "BatchNorm",
     "BufferDict",
     "ExcludedModule",
+    "Origin",
     "device_and_dtype",
     "has_values",
     "is_batched",
+    "loaded_from",
     "offload_device",
     "peft_type",
     "takes_processor",
+    "ways_to_match",
 ]
 
 METHOD = "E2VPT"
@@ -108,3 +123,96 @@ def is_batched(tensor: Tensor) -> bool:
 def has_values(tensor: Tensor) -> bool:
     """Whether there is anything to read from a tensor: not on the meta device, nor while torch only infers shapes."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+class Origin(NamedTuple):
+    """Where an adapter is loaded from.
+
+    Attributes:
+        where: a repository of the Hub, or a folder.
+        download: `revision`, `subfolder` and the settings of a download.
+        by_transformers: whether transformers itself loads it, which knows nothing of the method.
+    """
+
+    where: str
+    download: dict[str, Any]
+    by_transformers: bool
+
+
+DOWNLOAD_ARGUMENTS = (
+    *("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies"),
+)
+
+
+def _code_of(function: Any) -> Any:
+    return inspect.unwrap(getattr(function, "__func__", function)).__code__
+
+
+_FROM_PRETRAINED = _code_of(PeftModel.from_pretrained)
+_LOAD_ADAPTER = _code_of(PeftModel.load_adapter)
+_LOAD_ADAPTER_OF_TRANSFORMERS = _code_of(PeftAdapterMixin.load_adapter)
+
+
+def loaded_from() -> Origin | None:
+    """What PEFT or transformers is loading an adapter from right now; `None` where a new adapter is made.
+
+    Both make the adapter first and look for its tensors afterwards, and tell a tuner of neither. So this looks at
+    their local variables, which are the arguments of their public methods.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code, found = frame.f_code, frame.f_locals
+        if code is _FROM_PRETRAINED or code is _LOAD_ADAPTER:
+            settings = {**found.get("hf_hub_download_kwargs", {}), **found.get("kwargs", {})}
+            return _origin(found["model_id"], settings, by_transformers=False)
+        if code is _LOAD_ADAPTER_OF_TRANSFORMERS:
+            if found.get("adapter_state_dict") is not None or found.get("peft_model_id") is None:
+                return None
+            settings = getattr(found.get("load_config"), "download_kwargs", None) or {}
+            return _origin(found["peft_model_id"], settings, by_transformers=True)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _origin(where: Any, settings: dict[str, Any], by_transformers: bool) -> Origin:
+    download = {name: settings[name] for name in DOWNLOAD_ARGUMENTS if settings.get(name) is not None}
+    return Origin(str(where), download, by_transformers)
+
+
+def ways_to_match(pattern: str, length: int = 100) -> float:
+    """An upper bound of the ways in which a regular expression can match a text, which is what backtracking may try.
+
+    Args:
+        pattern: the expression.
+        length: of the text.
+
+    Raises:
+        re.error: it is no regular expression.
+    """
+    return _ways(regex_parser.parse(pattern), length)
+
+
+def _ways(sequence: Any, length: int) -> float:
+    ways = 1.0
+    for code, argument in sequence:
+        if code is regex_codes.BRANCH:
+            ways *= sum(_ways(branch, length) for branch in argument[1])
+        elif code is regex_codes.SUBPATTERN:
+            ways *= _ways(argument[-1], length)
+        elif str(code).endswith("_REPEAT"):
+            least, most, repeated = argument
+            inner, width = _ways(repeated, length), repeated.getwidth()[0]
+            most = min(int(most), length)
+            if most <= 1:
+                ways *= 1 + inner
+            elif inner == 1 and width:
+                ways *= max(1, most // width - least + 1)
+            else:
+                ways = math.inf
+        elif code in (regex_codes.ASSERT, regex_codes.ASSERT_NOT):
+            ways *= _ways(argument[1], length)
+        elif str(code) in ("ATOMIC_GROUP",):
+            ways *= _ways(argument, length)
+        elif str(code) == "GROUPREF_EXISTS":
+            ways *= sum(_ways(branch, length) for branch in argument[1:] if branch is not None)
+    return ways

@@ -6,11 +6,12 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from .quality import ModelQuality, Quality
-from .ranking import MIN_SEGMENTS, MIN_TOKENS, check_amount, check_ratio, renamed
+from .ranking import MIN_SEGMENTS, MIN_TOKENS, check_amount, check_count, check_number, check_ratio, renamed
 from .search import RATIOS
 
 
@@ -27,6 +28,17 @@ DATASETS = ("validation_dataset", "score_dataset")
 def _check_choice(name: str, value: object, choices: Any) -> None:
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}.")
+
+
+def _ratios(name: str, ratios: object) -> tuple[float, ...]:
+    if isinstance(ratios, (str, bytes)) or not isinstance(ratios, Iterable):
+        raise TypeError(f"{name} is a list of ratios such as (0.0, 0.5), got {ratios!r}.")
+    found = tuple(ratios)
+    for ratio in found:
+        check_ratio(ratio, f"Each of {name}")
+    if not found:
+        raise ValueError(f"{name} is a list of ratios such as (0.0, 0.5), got an empty one.")
+    return tuple(float(ratio) for ratio in found)
 
 
 class PruningArguments:
@@ -66,12 +78,12 @@ class PruningArguments:
         prune_segments = renamed("segments", segments, "prune_segments", prune_segments)
         _check_choice("unit", unit, Unit)
         _check_choice("rewind_to", rewind_to, RewindTarget)
-        if unit == "fraction" and not 0.0 < prune_after < 1.0:
-            raise ValueError(f"prune_after as a fraction of the run lies between 0 and 1, got {prune_after}.")
+        prune_after = check_number("prune_after", prune_after, 0, 1 if unit == "fraction" else math.inf)
+        early_steps = check_count("early_steps", early_steps)
         if (rewind_to == "early") != (early_steps > 0):
             raise ValueError(f"rewind_to='early' and early_steps go together, got {rewind_to!r} and {early_steps}.")
-        if max_tuned_percentage is not None and not 0.0 < max_tuned_percentage < 100.0:
-            raise ValueError(f"max_tuned_percentage lies between 0 and 100, got {max_tuned_percentage}.")
+        if max_tuned_percentage is not None:
+            max_tuned_percentage = check_number("max_tuned_percentage", max_tuned_percentage, 0, 100)
         if max_tuned_percentage is not None and (prune_tokens is not None or prune_segments is not None):
             raise ValueError(
                 "Pass either a budget, max_tuned_percentage, or amounts, prune_tokens and prune_segments, not both."
@@ -81,20 +93,22 @@ class PruningArguments:
                 "quality is the name of a metric of the Trainer's evaluation, a function of output and batch, or a "
                 f"ModelQuality, got {quality!r}."
             )
-        for ratio in (*token_ratios, *segment_ratios):
-            check_ratio(ratio)
+        if not (greater_is_better is None or isinstance(greater_is_better, bool)):
+            raise TypeError(f"greater_is_better is True, False or None, got {greater_is_better!r}.")
         self.prune_after = prune_after
         self.unit = unit
         self.prune_tokens = None if prune_tokens is None else check_amount("prune_tokens", prune_tokens)
         self.prune_segments = None if prune_segments is None else check_amount("prune_segments", prune_segments)
         self.max_tuned_percentage = max_tuned_percentage
-        self.min_tokens = min_tokens
-        self.min_segments = min_segments
+        self.min_tokens = check_count("min_tokens", min_tokens)
+        self.min_segments = check_count("min_segments", min_segments)
         self.rewind_to = rewind_to
         self.early_steps = early_steps
-        self.token_ratios = tuple(float(ratio) for ratio in token_ratios)
-        self.segment_ratios = tuple(float(ratio) for ratio in segment_ratios)
-        self.max_score_batches = max_score_batches
+        self.token_ratios = _ratios("token_ratios", token_ratios)
+        self.segment_ratios = _ratios("segment_ratios", segment_ratios)
+        self.max_score_batches = (
+            None if max_score_batches is None else check_count("max_score_batches", max_score_batches, 1)
+        )
         self.validation_dataset = validation_dataset
         self.quality = quality
         self.greater_is_better = greater_is_better

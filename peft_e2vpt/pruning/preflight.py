@@ -16,7 +16,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ..evaluation import no_trace
-from ..tuner.layer import E2VPTLayer
+from ..tuner.layer import DATA_PARALLEL, E2VPTLayer
 from ..tuner.prompt_layers import active_prompt_layers, visual_prompt_layers
 from .arguments import PruningArguments
 from .importance import score_prompts, zero_scores
@@ -103,6 +103,11 @@ def find_boundary(
     steps_per_unit = {"fraction": total, "epochs": per_epoch, "steps": 1}[arguments.unit]
     boundary = round(float(arguments.prune_after * steps_per_unit))
     first = max(1, arguments.early_steps)
+    if total <= first:
+        raise ValueError(
+            f"The run has {total} optimizer steps, and one with pruning needs at least {first + 1}, one in "
+            "each part: train longer, or prune a trained adapter with peft-e2vpt prune."
+        )
     if not first <= boundary < total:
         raise ValueError(
             f"The run has {total} optimizer steps, and the first part would end after {boundary}: it has to "
@@ -113,6 +118,8 @@ def find_boundary(
 
 def _check_sharding(trainer: Trainer) -> None:
     state = trainer.accelerator.state
+    if trainer.args.n_gpu > 1 and not getattr(trainer, "is_model_parallel", False):
+        raise ValueError(DATA_PARALLEL)
     if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1:
         raise ValueError(
             "PruneRewindCallback works under FSDP2, but this run uses FSDP1, which hides single parameters in flat "

@@ -23,6 +23,12 @@ from torch import Tensor
 from .._compat import BufferDict, is_batched
 
 
+BY_TRANSFORMERS = (
+    "The adapter is pruned, and transformers' own load_adapter and from_pretrained cannot load pruned prompts: use "
+    "peft_e2vpt.load(...).get_base_model(), which gives the same model."
+)
+
+
 class StoredGates(BufferDict):
     """Gates by adapter, persistent buffers.
 
@@ -43,10 +49,7 @@ class StoredGates(BufferDict):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor) and not value.is_meta and not self._is_loading_state_dict and (value != 1).any():
-            raise ValueError(
-                "The adapter is pruned, and transformers' own load_adapter and from_pretrained cannot load pruned "
-                "prompts: use peft_e2vpt.load(...).get_base_model(), which gives the same model."
-            )
+            raise ValueError(BY_TRANSFORMERS)
         super().__setattr__(name, value)
 
 

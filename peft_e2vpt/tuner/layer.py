@@ -36,6 +36,13 @@ def _num_samples_of_this_thread() -> int | None:
     return _batch.num_samples
 
 
+DATA_PARALLEL = (
+    "E2VPT does not work in torch.nn.DataParallel, whose copies of the model would all use the prompts on the first "
+    "GPU: start one process per GPU with torchrun or accelerate launch, or show the program a single GPU with "
+    "CUDA_VISIBLE_DEVICES=0."
+)
+
+
 def _refresh_gates_after_load(layer: E2VPTLayer, incompatible_keys: Any) -> None:
     layer.refresh_gates()
 
@@ -121,11 +128,7 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
             self._num_samples = _batch.num_samples
 
     def _replicate_for_data_parallel(self) -> E2VPTLayer:
-        raise RuntimeError(
-            "E2VPT does not work in torch.nn.DataParallel, whose copies of the model would all use the prompts on the "
-            "first GPU: start one process per GPU with torchrun or accelerate launch, or show the program a single "
-            "GPU with CUDA_VISIBLE_DEVICES=0."
-        )
+        raise RuntimeError(DATA_PARALLEL)
 
     # ------------------------------------------------------------------------------------------------ PEFT's contract
     def get_base_layer(self) -> nn.Module:

@@ -16,6 +16,7 @@ from ..backbones.module_names import Modules, lies_in
 from ..backbones.sites import AttentionSite
 from .config import E2VPTConfig
 from .heads import wrappers
+from .mixed_batch import BASE
 
 
 HEADS_OF_TEXT_MODELS = {  # names that PEFT adds to `modules_to_save` for a task type
@@ -113,14 +114,31 @@ def _check_shallow(model: str, sites: list[AttentionSite]) -> None:
             )
 
 
+def check_adapter_name(name: str) -> None:
+    """Checks the name of a new adapter, which becomes part of module paths and the name of a folder.
+
+    Raises:
+        ValueError: it would lead out of the folder that the adapter is saved in, or hide a method of a module.
+    """
+    if not isinstance(name, str) or not name or re.search(r"[./\\\0]", name):
+        raise ValueError(f"An adapter's name is also that of its folder, without . / and \\, got {name!r}.")
+    if name == BASE or any(hasattr(kind, name) for kind in (nn.ModuleDict, nn.ParameterDict)):
+        raise ValueError(f"{name!r} cannot be the name of an adapter: torch or PEFT give it a meaning of their own.")
+
+
 def own_copy(config: E2VPTConfig) -> E2VPTConfig:
-    """A copy of a user's config for one model, in which heads are noted; what PEFT wrote into the user's goes."""
+    """A copy of a user's config for one model, in which heads are noted; what PEFT wrote into the user's goes.
+
+    Raises:
+        ValueError: the config has been changed to something impossible.
+    """
     own = copy.deepcopy(config)
     own.base_model_given = own.base_model_name_or_path
     config.base_model_name_or_path = config.base_model_given
     names, added = config.modules_to_save, HEADS_OF_TEXT_MODELS.get(config.task_type or "", [])
     if names is not None and added and names[-len(added) :] == added:
         own.modules_to_save = config.modules_to_save = names[: -len(added)] or None
+    own.check()
     return own
 
 

@@ -21,6 +21,7 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -170,6 +171,21 @@ def segments() -> None:
     get_peft_model(vit(), config_of(num_segments=7))
 
 
+@under("A field of the config is impossible")
+def impossible_field() -> None:
+    peft_e2vpt.E2VPTConfig(num_visual_prompts="ten")
+
+
+@under("A regular expression could be tried forever")
+def endless_expression() -> None:
+    peft_e2vpt.E2VPTConfig(target_modules=r"(.*\.)*attention")
+
+
+@under("The name of an adapter is a path")
+def adapter_name_is_a_path() -> None:
+    adapted(adapter_name="runs/flowers")
+
+
 @under("A name in `modules_to_save` is the ending of several modules")
 def several_endings() -> None:
     get_peft_model(vit(), config_of(modules_to_save=["layernorm_before"]))
@@ -299,6 +315,11 @@ def stream() -> None:
 @under("The run is too short for two parts")
 def too_short() -> None:
     train(PruneRewindCallback(prune_after=4, unit="epochs", **HALF))
+
+
+@under("The run has a single step")
+def single_step() -> None:
+    train(PruneRewindCallback(**HALF), max_steps=1)
 
 
 @under("The budget is too small")
@@ -501,10 +522,53 @@ def pickled() -> None:
     peft_e2vpt.load("trees")
 
 
+@under("A gate is neither 0 nor 1")
+def damaged_gate() -> None:
+    saved()
+    tensors = load_file(TENSORS)
+    tensors["base_model.model.e2vpt.0.e2vpt_token_gates"].fill_(0.5)
+    save_file(tensors, TENSORS)
+    PeftModel.from_pretrained(vit(), "trees")
+
+
+@under("The config and the tensors do not belong together")
+def another_config() -> None:
+    saved()
+    change(num_kv_prompts=3)
+    PeftModel.from_pretrained(vit(), "trees")
+
+
+@under("A field of `adapter_config.json` is impossible")
+def impossible_field_in_a_file() -> None:
+    saved()
+    change(num_visual_prompts=10**9)
+    peft_e2vpt.load("trees")
+
+
+@under("There are more labels than the head can tell apart")
+def more_labels() -> None:
+    saved()
+    change(labels=[f"tree {index}" for index in range(1000)])
+    peft_e2vpt.load("trees")
+
+
 @under("The folder holds something else")
 def something_else() -> None:
     Path("trees").mkdir()
     Path("trees/adapter_config.json").write_text('{"foo": "bar"}')
+    peft_e2vpt.load("trees")
+
+
+@under("A file is named instead of its folder")
+def file_instead_of_folder() -> None:
+    saved()
+    peft_e2vpt.load(TENSORS)
+
+
+@under("PEFT does not know the method")
+def unknown_method() -> None:
+    saved()
+    change(peft_type="E3VPT")
     peft_e2vpt.load("trees")
 
 
@@ -543,6 +607,24 @@ def base_model_gone() -> None:
 def another_base_model() -> None:
     vit(image_size=64).save_pretrained("vit_64")
     peft_e2vpt.load(saved(), base_model="vit_64")
+
+
+@under("The base model would be far larger than its checkpoint")
+def far_larger() -> None:
+    vit().save_pretrained("base")
+    saved()
+    change(base_model_name_or_path="base", base_model_settings={"image_size": 10**6})
+    peft_e2vpt.load("trees")
+
+
+@under("The base model has no safetensors")
+def base_model_is_a_pickle() -> None:
+    vit().save_pretrained("base")
+    torch.save(load_file("base/model.safetensors"), "base/pytorch_model.bin")
+    Path("base/model.safetensors").unlink()
+    saved()
+    change(base_model_name_or_path="base")
+    peft_e2vpt.load("trees")
 
 
 @under("The base model has another number of classes")

@@ -166,7 +166,16 @@ ATTRIBUTES: dict[str, Any] = {  # where each private attribute that is read or s
     "_version": lambda: torch.ones(1),
 }
 OF_DEEPSPEED = {"_hp_mapping", "_z3_optimizer"}
-OF_PYTHON = {"_fields", "_replace", "_name_", "_value_", "_member_names_", "_member_map_", "_value2member_map_"}
+OF_PYTHON = {
+    "_fields",
+    "_getframe",
+    "_replace",
+    "_name_",
+    "_value_",
+    "_member_names_",
+    "_member_map_",
+    "_value2member_map_",
+}
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
