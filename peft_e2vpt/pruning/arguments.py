@@ -35,7 +35,7 @@ def _ratios(name: str, ratios: object) -> tuple[float, ...]:
         raise TypeError(f"{name} is a list of ratios such as (0.0, 0.5), got {ratios!r}.")
     found = tuple(ratios)
     for ratio in found:
-        check_ratio(ratio, f"Each of {name}")
+        check_ratio(ratio, f"{name}: a pruning ratio")
     if not found:
         raise ValueError(f"{name} is a list of ratios such as (0.0, 0.5), got an empty one.")
     return tuple(float(ratio) for ratio in found)

@@ -95,7 +95,7 @@ def check_amount(name: str, amount: object) -> float | int:
         if amount < 0:
             raise ValueError(f"{name} is how many to prune, 0 or more, got {amount}.")
         return int(amount)
-    check_ratio(float(amount), f"{name} as a ratio")
+    check_ratio(float(amount), f"{name}: a pruning ratio")
     return float(amount)
 
 

@@ -70,7 +70,7 @@ def test_a_percentage_is_recognised() -> None:
     with pytest.raises(ValueError, match=r"Cannot prune 50 of 4 prompts.*or pass a ratio: 0.5 prunes 50 % of them"):
         prune(scores, 50)
     with pytest.raises(
-        ValueError, match=r"prune_tokens .*got 20.0; pass a whole number to prune so many, or 0.2 for 20 %"
+        ValueError, match=r"prune_tokens.*got 20.0; pass a whole number to prune so many, or 0.2 for 20 %"
     ):
         prune(scores, 20.0)
 
