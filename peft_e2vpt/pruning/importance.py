@@ -17,6 +17,7 @@ from ..tuner.config import E2VPTConfig
 from ..tuner.gates import GateOverride
 from ..tuner.layer import E2VPTLayer
 from ..tuner.prompt_layers import active_prompt_layers
+from ..tuner.targets import check_gradients
 from .quality import loss_of
 
 
@@ -137,6 +138,7 @@ def score_prompts(
     refuse_flat_parameters(model)
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     adapter_name, layers = active_prompt_layers(model, adapter_name)
+    check_gradients(model)
     config = layers[0].e2vpt_config[adapter_name]
     assert config.token_gate is not None
     device, sharded = layers[0].e2vpt_token_gates[adapter_name].device, is_sharded(model)

@@ -26,6 +26,7 @@ from .state_dict import TunerOnDisk, check_file, shapes_of_prompts, values_of_he
 from .targets import (
     cast_heads,
     check_adapter_name,
+    check_gradients,
     check_heads,
     check_sites,
     choose_heads,
@@ -109,6 +110,8 @@ class E2VPTModel(TunerOnDisk):
         check_sites(self.model, config, [sites[name] for name in self._targets])
         self._heads = choose_heads(self.model, list(sites.values()), config.modules_to_save)
         check_heads(self.model, self._heads, self._targets)
+        if not config.inference_mode:
+            check_gradients(self.model)
 
     def _check_file(self, config: E2VPTConfig) -> None:
         """Checks the file of an adapter that is being loaded, while the model is still as it was."""

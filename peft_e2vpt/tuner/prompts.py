@@ -305,13 +305,32 @@ def rows_of_prompts(prompts: Prompts, adapter_name: str, num_samples: int | None
     parts = []
     if prompts.has_visual_rows(adapter_name):
         visual_prompts, bias = prompts.visual_prompts(adapter_name, num_samples)
-        parts.append(Rows(*prompts.site.project(visual_prompts, dtype), score_bias=bias))
+        key, value = _projected(prompts, visual_prompts, dtype)
+        parts.append(Rows(key, value, score_bias=bias))
     kv_prompts = prompts.kv_prompts(adapter_name)
     if kv_prompts is not None:
         kv_prompts = kv_prompts.to(dtype)
         key, value = kv_prompts.split(1) if len(kv_prompts) == 2 else (kv_prompts, kv_prompts)
         parts.append(_in_heads(prompts, key, value, adapter_name))
     return parts
+
+
+def _projected(prompts: Prompts, visual_prompts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Key and value rows (1 or B, H, M', d) of visual prompts (1 or B, M', D)."""
+    site = prompts.site
+    if not prompts.training and not visual_prompts.shape[1]:  # quantised layers cannot scale nothing
+        shape = len(visual_prompts), site.num_key_value_heads, 0
+        nothing = visual_prompts.to(dtype)
+        return nothing.new_zeros(*shape, site.key_dim), nothing.new_zeros(*shape, site.value_dim)
+    key, value = site.project(visual_prompts, dtype)
+    measured = prompts.training or prompts.gate_override is not None
+    if measured and torch.is_grad_enabled() and visual_prompts.requires_grad and not site.lets_gradients_through(key):
+        raise RuntimeError(
+            f"Prompts cannot train: no gradient passes through the projections of {site.name}, whose arithmetic is "
+            "quantised. Train before the model is quantised, or, where 4-bit weights of bitsandbytes are on a CPU, "
+            "before it first runs in eval mode; to serve, call model.eval()."
+        )
+    return key, value
 
 
 @torch.no_grad()

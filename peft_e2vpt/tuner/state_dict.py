@@ -14,6 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import Size, Tensor, nn
 
+from .._compat import is_quantised, with_packed_layers
 from ..backbones.sites import AttentionSite
 from .config import E2VPTConfig
 from .gates import BY_TRANSFORMERS, as_switches, kept_values
@@ -22,6 +23,15 @@ from .prompt_layers import CONTAINER, adapted_model, prompt_layers
 
 
 PREFIX = "base_model.model."  # of all names in a file
+
+
+def _check_that_heads_can_be_saved(model: nn.Module, adapter_name: str) -> None:
+    for path, wrapper in wrappers(adapted_model(model)):
+        if adapter_name in wrapper.modules_to_save and is_quantised(wrapper.modules_to_save[adapter_name]):
+            raise ValueError(
+                f"The head {path!r} of the adapter {adapter_name!r} is quantised, so it cannot be saved: save the "
+                "adapter before the model is quantised, or quantise a copy of it."
+            )
 
 
 class TunerOnDisk(BaseTuner):
@@ -42,6 +52,7 @@ class TunerOnDisk(BaseTuner):
 
         PEFT asks for them right before it saves `config`, which then tells of the model that it belongs to.
         """
+        _check_that_heads_can_be_saved(model, adapter_name)
         config.belongs_to(model, adapter_name)
         tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
@@ -74,7 +85,7 @@ class TunerOnDisk(BaseTuner):
         config.waits_for_values = False
         if isinstance(tuner, TunerOnDisk):
             tuner._show_classes()
-        return fitting
+        return with_packed_layers(model, fitting)
 
 
 def without_pruned_values(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:

@@ -212,6 +212,21 @@ def head_of_the_checkpoint() -> None:
     AutoModelForImageClassification.from_pretrained("vit", num_labels=5)
 
 
+def quantised(model: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+@under("No gradient passes through the backbone")
+def without_gradient() -> None:
+    get_peft_model(quantised(vit()), config_of())
+
+
+@under("The head is quantised")
+def quantised_head() -> None:
+    adapted().save_pretrained("adapter")
+    PeftModel.from_pretrained(quantised(vit()), "adapter")
+
+
 # --------------------------------------------------------------------------------------------------------------- data
 @under("A label is larger than the number of classes", of="torch")
 def label_out_of_range() -> None:
@@ -277,6 +292,11 @@ def fsdp1() -> None:
         trained_tensors(FullyShardedDataParallel(adapted(), device_id=torch.device("cpu"), use_orig_params=True))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@under("The model was quantised after it was adapted")
+def quantised_before_training() -> None:
+    quantised(adapted()).train()(**batch())
 
 
 @under("Several GPUs are used by one process")
@@ -481,6 +501,11 @@ def merge() -> None:
 
 
 # -------------------------------------------------------------------------------------------------- saving and loading
+@under("The head to save is quantised")
+def save_quantised() -> None:
+    quantised(adapted()).save_pretrained("adapter")
+
+
 @under("There is no adapter to load: PEFT", of="peft")
 def nothing_to_load() -> None:
     adapted().load_adapter("flowers", adapter_name="flowers")

@@ -27,10 +27,16 @@ from peft_e2vpt._compat import (
     BatchNorm,
     BufferDict,
     ExcludedModule,
+    device_and_dtype,
+    has_packed_layers,
     has_values,
     is_batched,
+    is_quantised,
     offload_device,
+    packed_weights,
+    stops_gradients,
     takes_processor,
+    with_packed_layers,
 )
 from peft_e2vpt.tuner.prompts import Prompts
 from tests.support.models import build
@@ -78,6 +84,61 @@ def test_an_offloaded_module_tells_where_it_runs() -> None:
     weights = {name: value.clone() for name, value in module[0].state_dict().items()}
     add_hook_to_module(module[0], AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights))
     assert next(module.parameters()).is_meta and offload_device(module) == torch.device("cpu")
+
+    assert device_and_dtype(module) == (torch.device("cpu"), torch.float32)
+
+
+class Packed(torch.Tensor):
+    """A tensor made of others, as torchao makes them."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["values"], None
+
+
+def in_bits(dtype: torch.dtype) -> nn.Module:
+    module = nn.Linear(2, 2, bias=False)
+    module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+    return module
+
+
+def of_integers() -> nn.Module:
+    module = nn.Linear(2, 2)
+    module.weight = nn.Parameter(torch.ones(2, 2).as_subclass(Packed), requires_grad=False)
+    module.weight.values = torch.ones(2, 2, dtype=torch.int8)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "dtype", "quantised", "stops"),
+    [
+        (in_bits(torch.float32), torch.float32, False, False),
+        (in_bits(torch.bfloat16), torch.bfloat16, False, False),
+        (in_bits(torch.int8), None, True, False),
+        (in_bits(torch.float8_e4m3fn), None, True, False),
+        (nn.Sequential(in_bits(torch.uint8), nn.BatchNorm1d(2).half()), torch.float16, True, False),
+        (nn.ReLU(), None, False, False),
+        (of_integers(), torch.float32, True, False),
+        (torch.ao.nn.quantized.dynamic.Linear(2, 3), torch.float32, True, True),
+        (torch.ao.nn.quantized.Linear(2, 3), torch.float32, True, True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_module_tells_where_and_with_what_it_computes_quantised_or_not(module, dtype, quantised, stops) -> None:
+    assert device_and_dtype(module) == (torch.device("cpu"), dtype)
+    assert (is_quantised(module), stops_gradients(module)) == (quantised, stops)
+    packed = list(packed_weights(module))
+    assert bool(packed) is has_packed_layers(module) is stops
+    assert [tensor.shape for tensor in packed] == ([(3, 2), (3,)] if stops else [])
+
+
+def test_part_of_a_state_dict_is_loaded_beside_packed_layers() -> None:
+    model = nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(2, 3), nn.Linear(3, 1))
+    before, part = model[0].weight(), {"1.bias": torch.ones(1)}
+    with pytest.raises(KeyError):
+        model.load_state_dict(part, strict=False)
+    model.load_state_dict(with_packed_layers(model, part), strict=False)
+    assert torch.equal(model[0].weight().int_repr(), before.int_repr()) and model[1].bias == 1
+    assert with_packed_layers(model[1], part) is part
 
 
 def test_pipelines_say_which_processors_they_take() -> None:
