@@ -137,7 +137,8 @@ def is_quantised(module: nn.Module) -> bool:
 
 def _is_quantised(tensor: Any) -> bool:
     if hasattr(tensor, "__tensor_flatten__"):  # one made of others
-        return any(_is_quantised(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return any(_is_quantised(part) for part in parts if isinstance(part, Tensor))  # a DTensor names its mesh too
     return not _is_full(tensor.dtype)
 
 

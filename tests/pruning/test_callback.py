@@ -867,7 +867,7 @@ def test_the_saved_adapter_is_the_trained_model(name: str, tmp_path: Path) -> No
     [
         ({"unit": "hours"}, "unit must be one of fraction, epochs, steps, got 'hours'"),
         ({"rewind_to": "start"}, "rewind_to must be one of init, early, fresh, none, got 'start'"),
-        ({"prune_after": 1.5}, "as a fraction of the run lies between 0 and 1, got 1.5"),
+        ({"prune_after": 1.5}, "prune_after lies between 0 and 1, got 1.5"),
         ({"rewind_to": "early"}, "rewind_to='early' and early_steps go together"),
         ({"early_steps": 3}, "rewind_to='early' and early_steps go together"),
         ({"max_tuned_percentage": 1.0, "prune_tokens": 0.5}, "either a budget, max_tuned_percentage, or amounts"),
@@ -910,7 +910,7 @@ class StreamWithLength(Stream):
             "24 optimizer steps, and the first part would end after 24: it has",
         ),
         ({"prune_after": 4, "unit": "epochs"}, {}, "24 optimizer steps, and the first part would end after 24"),
-        ({}, {"max_steps": 1}, "1 optimizer steps, and the first part would end after 0"),
+        ({}, {"max_steps": 1}, "1 optimizer steps, and one with pruning needs at least 2"),
         ({"rewind_to": "early", "early_steps": 13}, {}, "it has to end after step 13 to 23. Train longer or change"),
         ({"prune_tokens": 4}, {}, "Cannot prune 4 of 4 prompts: at least 1 must remain. Prune at most 3"),
         ({"prune_segments": 5}, {}, "Cannot prune 5 of 8 segments: at least 4 must remain. Prune at most 4"),
