@@ -133,9 +133,20 @@ class BackboneGraph(nn.Module):
             output = self.base(**images)
         finally:
             self._adapters.rows, self._adapters.heads = {}, {}
-        if isinstance(output, Tensor):  # of a model of timm
-            return {"logits": output}
-        return {name: value for name, value in output.items() if isinstance(value, Tensor)}
+        return _named(output)
+
+
+def _named(output: Any) -> dict[str, Tensor]:
+    """The tensors of an output by name; those of a tuple are numbered."""
+    if isinstance(output, Tensor):  # of a model of timm
+        return {"logits": output}
+    tensors: dict[str, Tensor] = {}
+    for name, value in output.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, (list, tuple)):
+            tensors.update({f"{name}_{i}": part for i, part in enumerate(value) if isinstance(part, Tensor)})
+    return tensors
 
 
 def _example_images(base: nn.Module) -> dict[str, Tensor]:
