@@ -183,6 +183,10 @@ def read_adapter(layout: GraphLayout, path: str | Path) -> AdapterRows:
     return arranged(layout, arrays, metadata["name"], labels)
 
 
+def _fits(wanted: int | None, found: int) -> bool:
+    return wanted is None or wanted == found
+
+
 def _check_shapes(layout: GraphLayout, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
     """Checks, before anything is read, that an adapter's tensors are those of the backbone, and of its sizes."""
     expected: dict[str, tuple[int | None, ...]] = {}
@@ -195,7 +199,11 @@ def _check_shapes(layout: GraphLayout, shapes: dict[str, tuple[int, ...]], path:
     expected.update({name: (None, *shape[1:]) for name, shape in heads.items()})
     for name, shape in shapes.items():
         wanted = expected.get(name)
-        if wanted is None or len(wanted) != len(shape) or any(w not in (None, s) for w, s in zip(wanted, shape)):
+        if (
+            wanted is None
+            or len(wanted) != len(shape)
+            or any(w not in (None, s) for w, s in zip(wanted, shape, strict=True))
+        ):
             needed = "no such tensor" if wanted is None else f"({', '.join(str(w or 'any') for w in wanted)})"
             raise ValueError(f"{path}: {name} has shape {shape}, but the backbone takes {needed}.")
     missing = sorted(heads.keys() - shapes.keys())
@@ -232,7 +240,9 @@ def arranged(layout: GraphLayout, arrays: dict[str, Any], name: str, labels: lis
 def _filled_up(arrays: list[Array], axis: int, size: int, value: float) -> Array:
     """Arrays side by side in a new second or first dimension, each filled up to a size along an axis."""
     widths = [[(0, size - array.shape[axis] if a == axis else 0) for a in range(array.ndim)] for array in arrays]
-    padded = [np.pad(a, w, constant_values=value) if any(map(any, w)) else a for a, w in zip(arrays, widths)]
+    padded = [
+        np.pad(a, w, constant_values=value) if any(map(any, w)) else a for a, w in zip(arrays, widths, strict=True)
+    ]
     return np.stack(padded)
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..attention import interface, torch_function
 from ..attention.rows import Rows
 from ..backbones.sites import find_attention_sites
+from ..tuner.config import E2VPTConfig
+from ..tuner.layer import E2VPTLayer
+from ..tuner.prompt_layers import prompt_layers
 from .adapter import KIND
 from .layout import FORMAT, GraphLayout, base_of, layout_of, tensors_of
 
@@ -40,20 +44,20 @@ class _Adapters:
         self.heads: dict[str, dict[str, Tensor]] = {}
 
 
-class _GivenRows:
-    """Gives an attention the rows that the graph has got."""
+def _given_rows(adapters: _Adapters, layer: E2VPTLayer) -> Callable[[int, torch.dtype], Rows]:
+    """Gives an attention the rows that the graph has got for it."""
 
-    def __init__(self, adapters: _Adapters, number: int, eager: Callable[..., Any] | None, windows: bool) -> None:
-        self._adapters, self._number, self.eager_attention, self._windows = adapters, number, eager, windows
-
-    def rows(self, num_sequences: int, dtype: torch.dtype) -> Rows | None:
-        rows = self._adapters.rows[self._number]
-        if not self._windows:
-            return rows
+    def rows(num_sequences: int, dtype: torch.dtype) -> Rows:
+        given = adapters.rows[layer.index]
+        if not layer.site.backbone.windows:
+            return given
         # by number and not by repeating, so that the graph takes a single sample and no rows at all
-        samples = torch.arange(num_sequences, device=rows.key.device) // (num_sequences // rows.key.shape[0])
-        key, value, bias = (tensor.index_select(0, samples) for tensor in (rows.key, rows.value, rows.score_bias))
+        samples = torch.arange(num_sequences, device=given.key.device) // (num_sequences // given.key.shape[0])
+        assert given.score_bias is not None
+        key, value, bias = (tensor.index_select(0, samples) for tensor in (given.key, given.value, given.score_bias))
         return Rows(key, value, score_bias=bias)
+
+    return rows
 
 
 class _GivenHead(nn.Module):
@@ -89,19 +93,14 @@ class BackboneGraph(nn.Module):
         base = copy.deepcopy(model)
         if isinstance(base, PeftModel):
             base = base.unload()
-        self.base = base.eval().requires_grad_(False)
         self._layout, self._adapters = layout, _Adapters()
-        sites = find_attention_sites(self.base)
-        for number in (number for group in layout.groups for number in group.attentions):
-            site = sites[number]
-            eager = interface.eager_attention_of(site.attention, site.backbone.eager)
-            owner = _GivenRows(self._adapters, number, eager, site.backbone.windows)
-            if eager is not None:
-                interface.attach(site.attention, owner)
-            else:
-                torch_function.attach(
-                    site.attention, owner, site.name, site.num_key_value_heads, site.backbone.one_graph
-                )
+        sites = find_attention_sites(base)
+        numbers = [number for group in layout.groups for number in group.attentions]
+        targets = "|".join(re.escape(sites[number].name) for number in numbers)
+        config = E2VPTConfig(num_visual_prompts=0, num_kv_prompts=1, target_modules=targets, modules_to_save=[])
+        self.base = get_peft_model(base, config).get_base_model().eval().requires_grad_(False)
+        for layer in prompt_layers(self.base):
+            layer.take_rows_from(_given_rows(self._adapters, layer))
         for head in layout.heads:
             module = self.base.get_submodule(head.path)
             self.base.set_submodule(head.path, _GivenHead(self._adapters, head.path, module, head.per_sample))
@@ -184,10 +183,12 @@ def _dynamic(layout: GraphLayout, images: dict[str, Tensor], adapter: dict[str, 
     for number in range(len(layout.groups)):
         for what in ("keys", "values"):
             shapes[layout.name(what, number)] = {1: adapters, 3: rows}
+    classes: dict[int, Any] = {}  # heads with as many classes keep to that: DeiT averages two
     for number, head in enumerate(layout.heads):
-        classes = torch.export.Dim(f"classes_{number}" if len(layout.heads) > 1 else "classes", min=0)
+        size = next(iter(head.shapes.values()))[0]
+        free = classes.setdefault(size, torch.export.Dim(f"classes_{size}", min=0))
         for name in head.shapes:
-            shapes[layout.head_name(number, name)] = {0: adapters, 1: classes} if head.per_sample else {}
+            shapes[layout.head_name(number, name)] = {0: adapters, 1: free} if head.per_sample else {}
     return {"images": {name: {0: batch} for name in images}, "adapter": {name: shapes[name] for name in adapter}}
 
 
@@ -245,10 +246,18 @@ def export_backbone(
     dynamic = _dynamic(layout, images, adapter)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        program = torch.export.export(graph, (images, adapter), dynamic_shapes=dynamic, strict=False)
+        program = torch.export.export(
+            graph,
+            (images, adapter),
+            dynamic_shapes=dynamic,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
     if format == "onnx":
         names = [*images, *adapter]
-        written = torch.onnx.export(program, (), input_names=names, output_names=list(outputs), dynamo=True, verbose=False)
+        written = torch.onnx.export(
+            program, (), input_names=names, output_names=list(outputs), dynamo=True, verbose=False
+        )
         assert written is not None
         written.save(folder / GRAPH_FILES[format])
     else:
@@ -259,8 +268,6 @@ def export_backbone(
 
 
 def _save_base_heads(graph: BackboneGraph, layout: GraphLayout, path: Path) -> None:
-    import json
-
     tensors = {}
     for head in layout.heads:
         module: Any = graph.base.get_submodule(head.path)
