@@ -3,16 +3,32 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from peft import PeftType
+import torch.nn.functional as F
+from peft import PeftModel, PeftType
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
+from torch._subclasses import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from transformers.integrations.peft import PeftAdapterMixin
+
+
+if sys.version_info >= (3, 11):
+    from re import _constants as regex_codes  # type: ignore[attr-defined]
+    from re import _parser as regex_parser  # type: ignore[attr-defined]
+else:
+    import sre_constants as regex_codes
+    import sre_parse as regex_parser
 
 
 __all__ = [
@@ -20,10 +36,21 @@ __all__ = [
     "BatchNorm",
     "BufferDict",
     "ExcludedModule",
+    "Origin",
     "device_and_dtype",
+    "has_packed_layers",
+    "has_values",
+    "is_batched",
+    "is_for_inference",
+    "is_quantised",
+    "loaded_from",
     "offload_device",
+    "packed_weights",
     "peft_type",
+    "stops_gradients",
     "takes_processor",
+    "ways_to_match",
+    "with_packed_layers",
 ]
 
 METHOD = "E2VPT"
@@ -71,26 +98,192 @@ def offload_device(module: nn.Module) -> torch.device | None:
     return None
 
 
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """The weights of a module: parameters, then buffers, then those that torch's quantised layers hold packed."""
-    yield from module.parameters()
-    yield from module.buffers()
-    for part in module.modules():
-        packed: Any = getattr(part, "weight", None)
-        if isinstance(packed, MethodType):
-            yield packed()
+def packed_weights(module: nn.Module) -> Iterator[Tensor]:
+    """The weights and biases in the layers of `torch.ao.nn.quantized`, which are neither parameters nor buffers."""
+    return (tensor for part in module.modules() for tensor in _packed_weights(part))
+
+
+def _packed_weights(layer: nn.Module) -> list[Tensor]:
+    methods = [getattr(layer, name, None) for name in ("weight", "bias")]
+    found = [method() for method in methods if isinstance(method, MethodType)]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def has_packed_layers(module: nn.Module) -> bool:
+    """Whether a module has layers of `torch.ao.nn.quantized`."""
+    return any(isinstance(getattr(part, "weight", None), MethodType) for part in module.modules())
+
+
+def with_packed_layers(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Part of a state dict, and what the layers of `torch.ao.nn.quantized` in a model cannot load without: their own.
+
+    Args:
+        model: the model that is about to load them.
+        tensors: tensors by their names in the model.
+    """
+    if not has_packed_layers(model):
+        return tensors
+    layers = tuple(f"{path}." for path, module in model.named_modules() if _packed_weights(module))
+    state: Any = model.state_dict()
+    found: Any = OrderedDict({**tensors, **{key: value for key, value in state.items() if key.startswith(layers)}})
+    found._metadata = state._metadata  # the versions of the layers
+    return found  # type: ignore[no-any-return]
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module has weights in less than 16 bits; as a whole or wrapped, like torchao's, they cannot train."""
+    return has_packed_layers(module) or any(map(_is_quantised, module.parameters()))
+
+
+def _is_quantised(tensor: Any) -> bool:
+    if hasattr(tensor, "__tensor_flatten__"):  # one made of others
+        return any(_is_quantised(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return not _is_full(tensor.dtype)
+
+
+def is_for_inference(module: nn.Module) -> bool:
+    """Whether layers have 4-bit weights of bitsandbytes in a layout that has no derivative.
+
+    On some CPUs they are brought into it by the first forward pass in eval mode, for good.
+    """
+    weights: Any = (getattr(part, "weight", None) for part in module.modules())
+    states = (getattr(weight, "quant_state", None) for weight in weights)
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
+
+
+def stops_gradients(module: nn.Module) -> bool:
+    """Whether a layer is quantised, its inputs too, by arithmetic that has no derivative."""
+    if not any(True for _ in module.children()) and is_for_inference(module):
+        return True
+    if isinstance(getattr(module, "weight", None), MethodType):
+        return True
+    weight: Any = getattr(module, "weight", None)
+    of_others: bool = isinstance(module, nn.Linear) and hasattr(weight, "__tensor_flatten__") and not weight.is_meta
+    if not of_others or not _is_quantised(weight):
+        return False
+    with torch.enable_grad():
+        probe = torch.ones(1, weight.shape[-1], dtype=weight.dtype, device=weight.device, requires_grad=True)
+        return not F.linear(probe, weight).requires_grad
+
+
+def _is_full(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     """Where a module runs, and the type of the numbers that it computes with, quantised or not.
 
     Returns:
-        The device, that of its weights or the one to which Accelerate loads them, and the type of the first weight
-        that is neither an integer nor of 8 bits; `None` where there is none, for instance because all are quantised.
+        The device, that of its weights or the one to which Accelerate loads them, and the type of its first weight
+        that has at least 16 bits. torch's own quantised layers take float32. `None` where no weight tells the type.
     """
-    tensors = list(_tensors_of(module))
+    packed = list(packed_weights(module))
+    tensors = [*module.parameters(), *module.buffers(), *packed]
     device = tensors[0].device if tensors else torch.get_default_device()
     if device.type == "meta":
         device = offload_device(module) or device
-    dtypes = [tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1]
-    return device, dtypes[0] if dtypes else None
+    dtypes = [tensor.dtype for tensor in tensors if _is_full(tensor.dtype)]
+    return device, dtypes[0] if dtypes else torch.float32 if packed else None
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether `torch.func.vmap` has put several tensors into this one, so that no number can be read from it."""
+    return bool(is_batchedtensor(tensor))
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there is anything to read from a tensor: not on the meta device, nor while torch only infers shapes."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+class Origin(NamedTuple):
+    """Where an adapter is loaded from.
+
+    Attributes:
+        where: a repository of the Hub, or a folder.
+        download: `revision`, `subfolder` and the settings of a download.
+        by_transformers: whether transformers itself loads it, which knows nothing of the method.
+    """
+
+    where: str
+    download: dict[str, Any]
+    by_transformers: bool
+
+
+DOWNLOAD_ARGUMENTS = (
+    *("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies"),
+)
+
+
+def _code_of(function: Any) -> Any:
+    return inspect.unwrap(getattr(function, "__func__", function)).__code__
+
+
+_FROM_PRETRAINED = _code_of(PeftModel.from_pretrained)
+_LOAD_ADAPTER = _code_of(PeftModel.load_adapter)
+_LOAD_ADAPTER_OF_TRANSFORMERS = _code_of(PeftAdapterMixin.load_adapter)
+
+
+def loaded_from() -> Origin | None:
+    """What PEFT or transformers is loading an adapter from right now; `None` where a new adapter is made.
+
+    Both make the adapter first and look for its tensors afterwards, and tell a tuner of neither. So this looks at
+    their local variables, which are the arguments of their public methods.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code, found = frame.f_code, frame.f_locals
+        if code is _FROM_PRETRAINED or code is _LOAD_ADAPTER:
+            settings = {**found.get("hf_hub_download_kwargs", {}), **found.get("kwargs", {})}
+            return _origin(found["model_id"], settings, by_transformers=False)
+        if code is _LOAD_ADAPTER_OF_TRANSFORMERS:
+            if found.get("adapter_state_dict") is not None or found.get("peft_model_id") is None:
+                return None
+            settings = getattr(found.get("load_config"), "download_kwargs", None) or {}
+            return _origin(found["peft_model_id"], settings, by_transformers=True)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _origin(where: Any, settings: dict[str, Any], by_transformers: bool) -> Origin:
+    download = {name: settings[name] for name in DOWNLOAD_ARGUMENTS if settings.get(name) is not None}
+    return Origin(str(where), download, by_transformers)
+
+
+def ways_to_match(pattern: str, length: int = 100) -> float:
+    """An upper bound of the ways in which a regular expression can match a text, which is what backtracking may try.
+
+    Args:
+        pattern: the expression.
+        length: of the text.
+
+    Raises:
+        re.error: it is no regular expression.
+    """
+    return _ways(regex_parser.parse(pattern), length)
+
+
+def _ways(sequence: Any, length: int) -> float:
+    ways = 1.0
+    for code, argument in sequence:
+        if code is regex_codes.BRANCH:
+            ways *= sum(_ways(branch, length) for branch in argument[1])
+        elif code is regex_codes.SUBPATTERN:
+            ways *= _ways(argument[-1], length)
+        elif str(code).endswith("_REPEAT"):
+            least, most, repeated = argument
+            inner, width = _ways(repeated, length), repeated.getwidth()[0]
+            most = min(int(most), length)
+            if most <= 1:
+                ways *= 1 + inner
+            elif inner == 1 and width:
+                ways *= max(1, most // width - least + 1)
+            else:
+                ways = math.inf
+        elif code in (regex_codes.ASSERT, regex_codes.ASSERT_NOT):
+            ways *= _ways(argument[1], length)
+        elif str(code) in ("ATOMIC_GROUP",):
+            ways *= _ways(argument, length)
+        elif str(code) == "GROUPREF_EXISTS":
+            ways *= sum(_ways(branch, length) for branch in argument[1:] if branch is not None)
+    return ways

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 
+from ._compat import device_and_dtype
 from .attention.interface import config_of, eager_attention_of, running_as
 from .backbones.sites import AttentionSite, find_attention_sites
 from .evaluation import no_trace
@@ -175,7 +176,7 @@ def _visit(
         for index, site in _sites_of_towers(model, layers):
             hook = partial(_show, index, site, adapted.get(site.attention), container, prefix, visit)
             stack.callback(site.attention.register_forward_hook(hook).remove)
-        model(**send_to_device(dict(inputs), next(model.parameters()).device))
+        model(**send_to_device(dict(inputs), device_and_dtype(model)[0]))
     return prefix
 
 

@@ -40,11 +40,29 @@ def is_sharded(model: nn.Module) -> bool:
     return any(_is_dtensor(parameter) or _is_partitioned(parameter) for parameter in model.parameters())
 
 
+def refuse_flat_parameters(model: nn.Module) -> None:
+    """Refuses FSDP1, whose processes hold empty or flat tensors in place of parameters.
+
+    Raises:
+        ValueError: FSDP1 shards the model.
+    """
+    for module in model.modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+            raise ValueError(
+                "The model is wrapped in FullyShardedDataParallel (FSDP1), which hides single parameters in flat "
+                "ones: shard it with torch.distributed.fsdp.fully_shard (FSDP2)."
+            )
+
+
 def reshard(model: nn.Module) -> None:
     """Puts sharded parameters back in place that a forward or backward pass has left gathered.
 
     FSDP2 would lose a change in place with the gathered copies; ZeRO-3 would refuse it.
+
+    Raises:
+        ValueError: FSDP1 shards the model.
     """
+    refuse_flat_parameters(model)
     for module in model.modules():
         if hasattr(type(module), "reshard"):
             module.reshard()  # type: ignore[operator]
@@ -58,6 +76,12 @@ def numel(parameter: Any) -> int:
     if packed is not None:
         return int(packed.shape.numel())
     return int(parameter.ds_numel if _is_partitioned(parameter) else parameter.numel())
+
+
+def full_shape(tensor: Any) -> torch.Size:
+    """The shape of a parameter or buffer, however it is spread."""
+    shape: torch.Size = tensor.ds_shape if _is_partitioned(tensor) else tensor.shape
+    return shape
 
 
 def whole(tensor: Any) -> Tensor:

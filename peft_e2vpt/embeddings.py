@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 
+from ._compat import device_and_dtype
 from .evaluation import no_trace
 
 
@@ -29,7 +30,7 @@ def class_token_embeddings(model: nn.Module, inputs: dict[str, Any], *, has_clas
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     with no_trace(model, ()):
-        inputs = send_to_device(dict(inputs), next(model.parameters()).device)
+        inputs = send_to_device(dict(inputs), device_and_dtype(model)[0])
         states = model(**inputs, output_hidden_states=True).hidden_states
     if not states or states[-1].dim() != 3:
         raise ValueError(f"{type(model).__name__} returns no hidden states of tokens (B, N, D).")

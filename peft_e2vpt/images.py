@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ._compat import device_and_dtype
 from .evaluation import batches, no_trace
 from .hub.companion import are_generic
 from .pruning.quality import accuracy as correct
@@ -87,7 +88,7 @@ def load_images(
 
 def accuracy(model: nn.Module, dataloader: DataLoader[Any]) -> float:
     """The share of samples whose label a model in eval mode gets right; leaves no trace in the model."""
-    device = next(model.parameters()).device
+    device, _ = device_and_dtype(model)
     right, count = 0.0, 0
     with no_trace(model, dataloader), torch.no_grad():
         for batch in batches(dataloader, device, "Evaluating"):

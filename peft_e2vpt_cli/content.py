@@ -11,10 +11,16 @@ from typing import Any
 
 from safetensors import SafetensorError, deserialize
 
-from .files import CARD_NAME, METADATA_KEY, WEIGHTS_NAME, find_file, read_config
+from .files import CARD_NAME, METADATA_KEY, WEIGHTS_NAME, damaged, find_file, read_config
 
 
 PREFIX = "base_model.model.e2vpt."
+DIMENSIONS = {  # of the tensors of a layer; pruned visual prompts have one
+    "e2vpt_visual_prompts": (1, 2),
+    "e2vpt_kv_prompts": (4,),
+    "e2vpt_token_gates": (1,),
+    "e2vpt_segment_gates": (2,),
+}
 TOLD = (  # settings of the configuration that are shown
     "visual_prompt_mode",
     "num_visual_prompts",
@@ -143,26 +149,32 @@ def inspect_adapter(where: str | Path, *, revision: str | None = None, subfolder
     try:
         tensors = {name: _Tensor(info["shape"], info["data"]) for name, info in deserialize(content)}
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+        raise ValueError(damaged(path, error)) from error
     prompts: dict[int, dict[str, _Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith(PREFIX):
             index, _, kind = name.removeprefix(PREFIX).partition(".")
+            if not index.isdecimal() or len(tensor.shape) not in DIMENSIONS.get(kind, ()):
+                raise ValueError(
+                    f"{path} is damaged: {name} with the shape {tensor.shape} is no tensor of an adapter."
+                )
             prompts.setdefault(int(index), {})[kind] = tensor
     num_head_values = sum(tensor.count for name, tensor in tensors.items() if not name.startswith(PREFIX))
-    layers = [_layer(index, prompts[index]) for index in sorted(prompts)]
+    layers = [_layer(path, index, prompts[index]) for index in sorted(prompts)]
     num_tuned = sum(layer.num_values for layer in layers) + num_head_values
     percentage = _percentage_of_card(str(where), revision, subfolder, num_tuned)
     return AdapterContent(config, layers, num_head_values, len(content), percentage)
 
 
-def _layer(index: int, tensors: dict[str, _Tensor]) -> LayerContent:
+def _layer(path: Path, index: int, tensors: dict[str, _Tensor]) -> LayerContent:
     kept: list[list[bool]] = []
     num_values = num_kv_prompts = 0
     if "e2vpt_visual_prompts" in tensors:
-        gates = tensors["e2vpt_segment_gates"]
+        gates, token_gates = tensors.get("e2vpt_segment_gates"), tensors.get("e2vpt_token_gates")
+        if gates is None or token_gates is None or gates.shape[0] != token_gates.shape[0] or not gates.shape[1]:
+            raise ValueError(f"{path} is damaged: the visual prompts of layer {index} do not have their gates.")
         segments, width = gates.nonzero(), gates.shape[1]
-        tokens = tensors["e2vpt_token_gates"].nonzero()
+        tokens = token_gates.nonzero()
         kept = [
             [token and segment for segment in segments[number * width : (number + 1) * width]]
             for number, token in enumerate(tokens)

@@ -17,6 +17,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
 METADATA_KEY = "e2vpt"
+LFS_POINTER = b"version https://git-lfs"
 
 
 def find_file(where: str, name: str, revision: str | None = None, subfolder: str | None = None) -> Path:
@@ -29,9 +30,11 @@ def find_file(where: str, name: str, revision: str | None = None, subfolder: str
     missing = f"There is no adapter at {adapter}: no {name} was found."
     if Path(where).is_dir():
         path = Path(where, subfolder or "", name)
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(missing)
         return path
+    if Path(where).is_file():
+        raise ValueError(f"There is no adapter at {adapter}, which is a file: pass the folder that it lies in.")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -57,20 +60,40 @@ def read_config(where: str, revision: str | None = None, subfolder: str | None =
     """What `adapter_config.json` says.
 
     Raises:
-        ValueError: there is no adapter, it is not one of E2VPT, or its format is newer than this package.
+        ValueError: there is no adapter, its configuration is damaged, it is not one of E2VPT, or its format is newer
+            than this package.
     """
     path = find_file(where, CONFIG_NAME, revision, subfolder)
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    method, format_version = config.get("peft_type"), config.get("format_version", 1)
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of the JSON, or of its encoding
+        raise ValueError(damaged(path, error)) from error
+    if not isinstance(config, dict) or config.get("peft_type") is None:
+        raise ValueError(f"{path} is not the configuration of an adapter: it has no peft_type.")
+    method, format_version = config["peft_type"], config.get("format_version", 1)
     if method != METHOD:
         name = f"{where}/{subfolder}" if subfolder else where
         raise ValueError(f"The adapter at {name} is one of {method}, not of {METHOD}: load it with PEFT alone.")
-    if format_version > FORMAT_VERSION:
+    if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
         raise ValueError(
-            f"The adapter has format_version={format_version}, and this version of peft_e2vpt reads up to "
+            f"{path}: The adapter has format_version={format_version}, and this version of peft_e2vpt reads up to "
             f"{FORMAT_VERSION}: pip install -U peft_e2vpt."
         )
+    labels = config.get("labels")
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
+        raise ValueError(f"{path}: labels must be None or a list of names.")
     return config
+
+
+def damaged(path: Path, error: Exception) -> str:
+    """What is wrong with a file that cannot be read."""
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        return f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull where it was cloned."
+    return f"{path} is damaged: {error}."
+
+
+def printable(text: object) -> str:
+    """A text from a file without what a terminal would take for a command."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .files import printable
 from .messages import errors_in_one_sentence, with_models
 from .options import Adapter, Revision, Subfolder
 
@@ -62,7 +63,7 @@ def _show(adapter: str, content: AdapterContent, percentage: float | None, sourc
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(adapter)
     for name, fact in _facts(content, percentage, source).items():
-        console.print(f"  {name:<18} {fact}")
+        console.print(f"  {name:<18} {printable(fact)}")
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("layer", "prompts", "segments", "kv prompts", "parameters"):
         table.add_column(name, justify="right")

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import typer
 
+from .files import printable
+
 
 @contextmanager
 def errors_in_one_sentence() -> Iterator[None]:
@@ -18,7 +20,7 @@ def errors_in_one_sentence() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"Error: {printable(' '.join(str(error).split()))}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -36,4 +38,4 @@ def with_models() -> Iterator[None]:
             yield
         for warning in noted:
             if warning.category is UserWarning:
-                typer.echo(f"Note: {warning.message}", err=True)
+                typer.echo(f"Note: {printable(warning.message)}", err=True)

@@ -84,9 +84,12 @@ def _amounts(tokens: str | None, segments: str | None, max_tuned_percentage: flo
 
 def _amount(text: str) -> float | int:
     try:
-        return int(text) if text.isdecimal() else float(text)
+        amount = int(text) if text.isdecimal() else float(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is neither a ratio such as 0.5 nor a whole number such as 3.") from error
+    if isinstance(amount, float) and not 0.0 <= amount <= 1.0:
+        raise typer.BadParameter(f"{text!r} is neither a ratio from 0 to 1 nor a whole number such as 3.")
+    return amount
 
 
 def _prepare(
@@ -114,11 +117,13 @@ def _processor_of(adapter: str, revision: str | None, subfolder: str | None, bas
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(adapter, revision=revision or "main", subfolder=subfolder or "")
+        return AutoImageProcessor.from_pretrained(
+            adapter, revision=revision or "main", subfolder=subfolder or "", trust_remote_code=False
+        )
     except OSError:
         pass  # most adapters are saved without one
     try:
-        return AutoImageProcessor.from_pretrained(base)
+        return AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
             f"Neither the adapter {adapter} nor its base model {base} has an image processor: save one beside the "

@@ -32,6 +32,10 @@ COPYINGS = (
     "permute",
     "transpose",
     "linear",
+    "linear_dynamic",  # of torch's quantised layers
+    "linear_dynamic_fp16",
+    "quantize_per_tensor",
+    "dequantize",
     "to",
     "float",
     "type",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .._compat import BatchNorm
+from .._compat import BatchNorm, has_packed_layers, is_for_inference
 from .table import BACKBONES, Backbone
 
 
@@ -57,6 +57,8 @@ def _project(projection: nn.Module | Tensor, hidden: Tensor) -> Tensor:
         return F.linear(hidden, projection)
     if type(projection) is nn.Linear:  # most are, and nothing has to be looked for inside
         return projection(hidden)  # type: ignore[no-any-return]
+    if is_for_inference(projection):
+        hidden = hidden.detach()
     with _fixed_statistics(projection):
         if any(isinstance(module, nn.Conv2d) for module in projection.modules()):
             projected: Tensor = projection(hidden.transpose(1, 2)[..., None])
@@ -221,6 +223,13 @@ class AttentionSite:
         value = value if bias is None else value + bias
         key = self._rows(key, backbone.key_norm)
         return key.transpose(1, 2), self._rows(value, backbone.value_norm).transpose(1, 2)
+
+    def lets_gradients_through(self, key: Tensor) -> bool:
+        """Whether prompts that train have a gradient from the keys that `project` made of them."""
+        projection = getattr(self.attention, self.backbone.key)
+        if type(projection) is nn.Linear or isinstance(projection, Tensor):
+            return key.requires_grad
+        return key.requires_grad and not has_packed_layers(projection)  # those seem to have one
 
     def _rows(self, projected: Tensor, norm: str | None) -> Tensor:
         """Cuts projected prompts (B, M, H d) into heads (B, M, H, d) and applies the norm, before or after the cut."""

@@ -12,11 +12,13 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from .._compat import Origin
 from ..tuner.config import E2VPTConfig
 from ..tuner.prompt_layers import adapted_model
 from ..tuner.summary import summarise
 from .base_model import class_mapping, settings_of
 from .card import WITH_CLASSES, AdapterFacts, task_of
+from .files import checked_tensors
 
 
 def labels_of(model: nn.Module, num_labels: int | None = None) -> list[str] | None:
@@ -108,6 +110,14 @@ class AdapterCompanion:
                 "model with peft_e2vpt.load(...).",
                 stacklevel=2,
             )
+
+    def tensors(self, origin: Origin) -> Path:
+        """The file with the tensors of an adapter.
+
+        Raises:
+            ValueError: there is no such file, only a pickle, or it is damaged.
+        """
+        return checked_tensors(origin.where, **origin.download)
 
     def settings(self, config: E2VPTConfig, model: nn.Module) -> dict[str, Any]:
         """How the model is built again: its class, its classes, and what sets it apart from its checkpoint.

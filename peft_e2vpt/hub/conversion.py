@@ -197,6 +197,10 @@ def read_checkpoint(path: str | Path) -> ReleasedCheckpoint:
         for key in tensors
         if TRAINED.search(key) and key not in HEAD and not any(p.fullmatch(key) for p in (VISUAL, KV, UNUSED))
     ]
+    for name, tensor in visual.items():
+        wanted = 1 if name == TOKEN_MASK else 2 if name == SEGMENT_MASK else 3
+        if tensor.dim() != wanted or not tensor.numel():
+            raise ValueError(f"{path} is damaged: {name} has shape {tuple(tensor.shape)}, not {wanted} dimensions.")
     blocks = _blocks(path, tensors)
     missing += [] if blocks else ["enc.transformer.encoder.layer.0.attention_norm.weight"]
     if missing or extra:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from .._compat import METHOD
-from ..tuner.config import E2VPTConfig
-
-
-LFS_POINTER = b"version https://git-lfs"
+from ..tuner.config import E2VPTConfig, damaged, read_settings
 
 
 def adapter_file(
@@ -43,9 +39,11 @@ def adapter_file(
     missing = f"There is no adapter at {adapter}: no {name} was found."
     if Path(where).is_dir():
         path = Path(where, subfolder or "", name)
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(missing)
         return path
+    if Path(where).is_file():
+        raise ValueError(f"There is no adapter at {adapter}, which is a file: pass the folder that it lies in.")
     try:
         return Path(hf_hub_download(where, name, revision=revision, subfolder=subfolder, **download))
     except LocalEntryNotFoundError as error:
@@ -68,11 +66,7 @@ def read_config(where: str, revision: str | None = None, subfolder: str | None =
         ValueError: there is no adapter, its configuration is damaged, or it is not one of E2VPT.
     """
     path = adapter_file(where, CONFIG_NAME, revision, subfolder, **download)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the JSON, or of its encoding
-        raise ValueError(_damaged(path)) from error
-    method = content.get("peft_type") if isinstance(content, dict) else None
+    method = read_settings(path).get("peft_type")
     if method is None:
         raise ValueError(f"{path} is not the configuration of an adapter: it has no peft_type.")
     if method != METHOD:
@@ -103,7 +97,7 @@ def checked_tensors(where: str, revision: str | None = None, subfolder: str | No
         with safe_open(path, framework="pt") as tensors:
             tensors.keys()
     except SafetensorError as error:
-        raise ValueError(_damaged(path)) from error
+        raise ValueError(damaged(path)) from error
     return path
 
 
@@ -113,11 +107,3 @@ def _exists(where: str, name: str, revision: str | None, subfolder: str | None, 
     except ValueError:
         return False
     return True
-
-
-def _damaged(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
-        return f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull where it was cloned."
-    return f"{path} is damaged or incomplete: copy it again, or download it with force_download=True."

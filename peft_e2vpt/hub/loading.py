@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel
+from safetensors import safe_open
 from torch import nn
 
 from ..tuner.config import E2VPTConfig
-from .base_model import class_of, settings_for
+from .base_model import check_settings, check_size, class_of, config_class_of, is_part_of, mismatch, settings_for
 from .files import checked_tensors, read_config
 
 
@@ -66,16 +67,26 @@ def load(
     where = str(repo_or_path)
     download = {name: settings[name] for name in DOWNLOAD_SETTINGS if name in settings}
     config = read_config(where, revision, subfolder, **download)
-    checked_tensors(where, revision, subfolder, **download)
+    path = checked_tensors(where, revision, subfolder, **download)
+    _check_labels(where, config, path)
     cls = class_of(where, config)
     name = _name_of_base(where, config, base_model)
     if base_model is None and config.revision is not None:
         settings.setdefault("revision", config.revision)
     of_base = {key: settings[key] for key in (*DOWNLOAD_SETTINGS, "revision") if key in settings}
+    settings = _with_labels(where, config, settings)
+    safe: dict[str, Any] = {"trust_remote_code": False}  # else transformers asks on the terminal
+    if base_model is None:  # a file names it, and cannot have a pickle read
+        safe["use_safetensors"] = True
     try:
-        stored = settings_for(where, config.base_model_settings, cls, name, **of_base)
-        base = _load_base(where, config, cls, name, {**stored, **_with_labels(where, config, settings)})
+        stored = _stored_settings(where, config, cls, name, settings, of_base)
+        base = _load_base(where, config, cls, name, {**safe, **stored, **settings})
     except OSError as error:
+        if "safetensors" in str(error) and base_model is None:
+            raise ValueError(
+                f"The base model {name!r} of the adapter {where} has no safetensors, and a pickle is not read because "
+                f"a file names it: if you trust the model, pass use_safetensors=False, or base_model={name!r}."
+            ) from error
         raise ValueError(
             f"The base model {name!r} of the adapter {where} cannot be loaded; if it has moved, pass base_model=..."
         ) from error
@@ -103,19 +114,49 @@ def _load_base(where: str, config: E2VPTConfig, cls: Any, name: str, settings: d
         return base
     base, info = cls.from_pretrained(name, **settings, ignore_mismatched_sizes=True, output_loading_info=True)
     # buffers of other sizes are computed from the config: class weights of a loss, indices of positions
-    parameters = {weight for weight, _ in base.named_parameters() if not _is_part_of(weight, config.modules_to_save)}
+    parameters = {weight for weight, _ in base.named_parameters() if not is_part_of(weight, config.modules_to_save)}
     different = [entry for entry in info["mismatched_keys"] if entry[0] in parameters]
     if different:
-        weight, found, needed = min(different)
-        raise ValueError(
-            f"The base model {name!r} does not fit the adapter {where}: its {weight} has shape {tuple(found)}, and "
-            f"{tuple(needed)} is needed. Pass the base model that the adapter was trained on as base_model=..."
-        )
+        raise ValueError(mismatch(where, name, *min(different)))
     return base
 
 
-def _is_part_of(weight: str, modules: Iterable[str]) -> bool:
-    return any(f".{module}." in f".{weight}" for module in modules)
+def _stored_settings(
+    where: str, config: E2VPTConfig, cls: Any, name: str, settings: dict[str, Any], download: dict[str, Any]
+) -> dict[str, Any]:
+    """The settings of the base model that the adapter stores and the call does not give, checked.
+
+    Raises:
+        ValueError: they are impossible, or change the shapes of weights that the adapter does not bring.
+        OSError: the base model cannot be read.
+    """
+    theirs = {key: value for key, value in (config.base_model_settings or {}).items() if key not in settings}
+    stored = settings_for(where, theirs, cls, name, **download)
+    of_shapes = {key: value for key, value in stored.items() if key not in ("dtype", "problem_type")}
+    if of_shapes:
+        check_settings(where, cls, name, of_shapes, config.modules_to_save or [], **download)
+    if config.labels and not config.modules_to_save:  # the head is that of the base model
+        original = config_class_of(cls).from_pretrained(name, **download)
+        check_size(where, "labels", config.labels, [""] * (getattr(original, "num_labels", None) or 0))
+    return stored
+
+
+def _check_labels(where: str, config: E2VPTConfig, path: Path) -> None:
+    """Refuses more classes than the head in an adapter's file has values.
+
+    Raises:
+        ValueError: there are more.
+    """
+    if not config.labels or not config.modules_to_save:
+        return
+    with safe_open(path, framework="pt") as file:
+        slices = [file.get_slice(name) for name in file.keys() if ".e2vpt_" not in name]  # noqa: SIM118
+        values = sum(prod(part.get_shape()) for part in slices)
+    if len(config.labels) > values:
+        raise ValueError(
+            f"The adapter {where} has {len(config.labels)} labels, but the {values} values of its head cannot tell so "
+            "many classes apart: its adapter_config.json and adapter_model.safetensors do not belong together."
+        )
 
 
 def load_in_outline(
@@ -145,12 +186,14 @@ def load_in_outline(
     settings: dict[str, Any] = {}
     if base_model is None and config.revision is not None:
         settings["revision"] = config.revision
+    _check_labels(where, config, checked_tensors(where, revision, subfolder))
     try:
-        settings |= settings_for(where, config.base_model_settings, cls, name, **settings)
-        config_class = getattr(cls, "config_class", None) or transformers.AutoConfig
-        of_base = config_class.from_pretrained(name, **_with_labels(where, config, settings))
+        of_base = config_class_of(cls).from_pretrained(name, **settings)
     except (OSError, ValueError) as error:
         raise ValueError(f"The config of the base model {name!r} cannot be read; name another base model.") from error
+    named = _with_labels(where, config, settings)
+    settings = {**_stored_settings(where, config, cls, name, named, settings), **named}
+    of_base = config_class_of(cls).from_pretrained(name, **settings)
     with torch.device("meta"):
         base = cls(of_base) if issubclass(cls, transformers.PreTrainedModel) else cls.from_config(of_base)
     base.to_empty(device="cpu")

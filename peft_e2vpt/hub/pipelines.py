@@ -97,7 +97,10 @@ def _processor(
     reasons = []
     for place, settings in places:
         try:
-            return getattr(transformers, PROCESSORS[kind]).from_pretrained(place, **settings, **download)
+            # a file beside the adapter may name code to run: transformers would ask on the terminal
+            return getattr(transformers, PROCESSORS[kind]).from_pretrained(
+                place, trust_remote_code=False, **settings, **download
+            )
         except (ImportError, OSError, ValueError) as error:
             reasons.append(error)
     if not is_required:

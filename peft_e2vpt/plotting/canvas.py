@@ -24,3 +24,9 @@ def new_figure(width: float, height: float) -> Figure:
     except ImportError as error:
         raise ImportError("Figures need matplotlib: pip install 'peft_e2vpt[plot]'.") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def literal(text: str) -> str:
+    """A name as matplotlib draws it letter by letter: no formula between dollars, and never left out of a legend."""
+    text = text.replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text

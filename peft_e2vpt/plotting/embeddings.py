@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .canvas import new_figure
+from .canvas import literal, new_figure
 
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def plot_embeddings(
         plane, shares = principal_components(vectors)
         _scatter(axes, plane, classes, label_names)
         first, second = (f"{share:.0%}" for share in shares.tolist())
-        axes.set(title=title, xlabel=f"component 1 ({first} of variance)", ylabel=f"component 2 ({second})")
+        axes.set(title=literal(title), xlabel=f"component 1 ({first} of variance)", ylabel=f"component 2 ({second})")
         axes.set_aspect("equal", adjustable="datalim")
     if len(label_names) <= NUM_NAMED_CLASSES:
         handles, names = panels[0].get_legend_handles_labels()
@@ -101,5 +101,5 @@ def _scatter(axes: Axes, points: Tensor, classes: Tensor, label_names: Sequence[
             alpha=0.7,
             linewidths=0,
             color=colours(label % colours.N),
-            label=label_names[label],
+            label=literal(str(label_names[label])),
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from .canvas import new_figure
+from .canvas import literal, new_figure
 
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def plot_methods(rows: Sequence[dict[str, Any]], *, metric: str = "accuracy") ->
             fmt=next(markers),
             markersize=8,
             capsize=4 if len(values) > 1 else 0,
-            label=f"{name}: {trained:,.0f} ({percent:.2f} %)",
+            label=f"{literal(name)}: {trained:,.0f} ({percent:.2f} %)",
         )
     axes.set_xscale("log")
     axes.margins(0.15)

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from .quality import ModelQuality, Quality
-from .ranking import MIN_SEGMENTS, MIN_TOKENS, check_amount, check_ratio, renamed
+from .ranking import MIN_SEGMENTS, MIN_TOKENS, check_amount, check_count, check_number, check_ratio, renamed
 from .search import RATIOS
 
 
@@ -28,8 +30,27 @@ def _check_choice(name: str, value: object, choices: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}.")
 
 
+def _ratios(name: str, ratios: object) -> tuple[float, ...]:
+    if isinstance(ratios, (str, bytes)) or not isinstance(ratios, Iterable):
+        raise TypeError(f"{name} is a list of ratios such as (0.0, 0.5), got {ratios!r}.")
+    found = tuple(ratios)
+    for ratio in found:
+        check_ratio(ratio, f"{name}: a pruning ratio")
+    if not found:
+        raise ValueError(f"{name} is a list of ratios such as (0.0, 0.5), got an empty one.")
+    return tuple(float(ratio) for ratio in found)
+
+
 class PruningArguments:
     """What a run with pruning is asked to do; `PruneRewindCallback` documents the arguments."""
+
+    _made_from: dict[str, Any] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lets a subclass note what it is made from: a checkpoint holds that, and attributes may have other names."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _noting(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -57,12 +78,12 @@ class PruningArguments:
         prune_segments = renamed("segments", segments, "prune_segments", prune_segments)
         _check_choice("unit", unit, Unit)
         _check_choice("rewind_to", rewind_to, RewindTarget)
-        if unit == "fraction" and not 0.0 < prune_after < 1.0:
-            raise ValueError(f"prune_after as a fraction of the run lies between 0 and 1, got {prune_after}.")
+        prune_after = check_number("prune_after", prune_after, 0, 1 if unit == "fraction" else math.inf)
+        early_steps = check_count("early_steps", early_steps)
         if (rewind_to == "early") != (early_steps > 0):
             raise ValueError(f"rewind_to='early' and early_steps go together, got {rewind_to!r} and {early_steps}.")
-        if max_tuned_percentage is not None and not 0.0 < max_tuned_percentage < 100.0:
-            raise ValueError(f"max_tuned_percentage lies between 0 and 100, got {max_tuned_percentage}.")
+        if max_tuned_percentage is not None:
+            max_tuned_percentage = check_number("max_tuned_percentage", max_tuned_percentage, 0, 100)
         if max_tuned_percentage is not None and (prune_tokens is not None or prune_segments is not None):
             raise ValueError(
                 "Pass either a budget, max_tuned_percentage, or amounts, prune_tokens and prune_segments, not both."
@@ -72,20 +93,22 @@ class PruningArguments:
                 "quality is the name of a metric of the Trainer's evaluation, a function of output and batch, or a "
                 f"ModelQuality, got {quality!r}."
             )
-        for ratio in (*token_ratios, *segment_ratios):
-            check_ratio(ratio)
+        if not (greater_is_better is None or isinstance(greater_is_better, bool)):
+            raise TypeError(f"greater_is_better is True, False or None, got {greater_is_better!r}.")
         self.prune_after = prune_after
         self.unit = unit
         self.prune_tokens = None if prune_tokens is None else check_amount("prune_tokens", prune_tokens)
         self.prune_segments = None if prune_segments is None else check_amount("prune_segments", prune_segments)
         self.max_tuned_percentage = max_tuned_percentage
-        self.min_tokens = min_tokens
-        self.min_segments = min_segments
+        self.min_tokens = check_count("min_tokens", min_tokens)
+        self.min_segments = check_count("min_segments", min_segments)
         self.rewind_to = rewind_to
         self.early_steps = early_steps
-        self.token_ratios = tuple(float(ratio) for ratio in token_ratios)
-        self.segment_ratios = tuple(float(ratio) for ratio in segment_ratios)
-        self.max_score_batches = max_score_batches
+        self.token_ratios = _ratios("token_ratios", token_ratios)
+        self.segment_ratios = _ratios("segment_ratios", segment_ratios)
+        self.max_score_batches = (
+            None if max_score_batches is None else check_count("max_score_batches", max_score_batches, 1)
+        )
         self.validation_dataset = validation_dataset
         self.quality = quality
         self.greater_is_better = greater_is_better
@@ -102,21 +125,55 @@ class PruningArguments:
         """What stays at least."""
         return {"min_tokens": self.min_tokens, "min_segments": self.min_segments}
 
-    def exported_arguments(self) -> tuple[dict[str, Any], list[str]]:
-        """The arguments that a checkpoint can hold, those of a subclass too, and the names of those it cannot."""
-        of_class = inspect.signature(type(self)).parameters.values()
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in of_class)
-        of_base = _parameters(PruningArguments) if takes_all else []
-        held, left_out = {}, []
-        for name in dict.fromkeys((*_parameters(type(self)), *of_base)):
-            value = getattr(self, name, None)
-            if value is None or name == "trainer":
-                continue
-            if name not in DATASETS and _fits_into_json(value):
-                held[name] = value
+    def exported_arguments(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
+        """What a checkpoint can hold of the arguments.
+
+        Returns:
+            What the object, be it of a subclass, was made from, by name; the arguments of this class as they are now;
+            and the names of what the checkpoint cannot hold, with whether the object was made from it.
+        """
+        of_base = {name: vars(self)[name] for name in _parameters(PruningArguments) if name in vars(self)}
+        made_from = self._made_from
+        if made_from is None:
+            made_from = {name: getattr(self, name, None) for name in _parameters(type(self))}
+        left_out = {
+            name: name in made_from
+            for name, value in {**made_from, **of_base}.items()
+            if name != "trainer" and value is not None and (name in DATASETS or not _fits_into_json(value))
+        }
+        required = [n for n, p in inspect.signature(type(self)).parameters.items() if p.default is p.empty]
+        held = {n: v for n, v in made_from.items() if n not in (*left_out, "trainer")}
+        held |= {n: None for n in left_out if n in required}  # so that the Trainer can make a callback, to be refused
+        held = {n: v for n, v in held.items() if v is not None or n in required}
+        kept = {n: v for n, v in of_base.items() if n not in (*left_out, "trainer")}
+        return held, kept, left_out
+
+
+def _noting(init: Callable[..., None]) -> Callable[..., None]:
+    """An `__init__` that notes its arguments by name; those given by position alone get a star, and fit nowhere."""
+
+    @functools.wraps(init)
+    def noting(self: PruningArguments, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        signature = inspect.signature(init)
+        given = signature.bind(self, *args, **kwargs).arguments
+        self._made_from = {}
+        for name, value in list(given.items())[1:]:
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                self._made_from |= value
+            elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+                self._made_from[f"*{name}"] = _ByPosition(value)
             else:
-                left_out.append(name)
-        return held, left_out
+                self._made_from[name] = value
+
+    return noting
+
+
+class _ByPosition(NamedTuple):
+    """A value that no keyword can give back."""
+
+    value: Any
 
 
 def _parameters(kind: type) -> list[str]:
@@ -126,6 +183,8 @@ def _parameters(kind: type) -> list[str]:
 
 
 def _fits_into_json(value: Any) -> bool:
+    if isinstance(value, _ByPosition):
+        return False
     try:
         json.dumps(value)
     except (TypeError, ValueError):

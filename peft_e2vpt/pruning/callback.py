@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from accelerate.scheduler import AcceleratedScheduler
@@ -15,10 +14,12 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from .arguments import PruningArguments
+from .optimizer_start import OptimizerStart, evaluated_values
 from .phases import prune_and_rewind
 from .preflight import check_run, find_boundary, try_phases
 from .report import REPORT_NAME, PruningReport
 from .run_state import TARGET_FILE, RunState
+from .running import resumed_checkpoint, running_trainer, written_checkpoint
 from .schedule import TwoPartSchedule
 
 
@@ -31,26 +32,15 @@ logger = logging.get_logger(__name__)
 __all__ = ["TARGET_FILE", "PruneRewindCallback"]
 
 
-def _running_trainer() -> Trainer:
-    """Finds the `Trainer` whose event is being handled: transformers hands callbacks its parts, but not itself."""
-    from transformers import Trainer  # brings datasets and pandas, which importing this package does not need
-
-    frame = inspect.currentframe()
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), Trainer):
-            trainer: Trainer = frame.f_locals["self"]
-            return trainer
-        frame = frame.f_back
-    raise RuntimeError("PruneRewindCallback works inside Trainer.train(): pass it as Trainer(callbacks=[...]).")
-
-
 class PruneRewindCallback(PruningArguments, TrainerCallback, ExportableState):
     """Runs the phases of E2VPT inside one `Trainer.train()`: train, score, prune, rewind, train to the end.
 
     The first part trains all prompts. Between two optimizer steps the prompts are scored on training data, pruned, and
     rewound together with the head. The second part then has the user's learning rate, weight decay and a complete
     warm-up and decay of its own, with a fresh optimizer state. `load_best_model_at_end` and `EarlyStoppingCallback`
-    see the second part only. A run resumed from any checkpoint equals the straight run.
+    see the second part only. A run resumed from any checkpoint equals the straight run; all that it needs lies in the
+    checkpoint. Resumed for more or fewer epochs, it stays pruned if it is, and each part that is still to end has a
+    schedule that ends with it.
 
     Without `prune_tokens`, `prune_segments` and `max_tuned_percentage` the amounts are searched on the Trainer's
     evaluation set. Every phase is tried on one batch before the first step, so that none fails half-way for a reason
@@ -124,7 +114,7 @@ class PruneRewindCallback(PruningArguments, TrainerCallback, ExportableState):
     """
 
     report: PruningReport | None = None
-    _not_saved: Sequence[str] = ()
+    _not_saved: Mapping[str, bool] = MappingProxyType({})
     _boundary = 0
     _schedule: TwoPartSchedule | None = None
     _trainer: Trainer | None = None
@@ -135,53 +125,69 @@ class PruneRewindCallback(PruningArguments, TrainerCallback, ExportableState):
 
     # --------------------------------------------------------------------------------------------- what a resume needs
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the callback: its arguments and how far the run is."""
-        held, left_out = self.exported_arguments()
-        return {"args": held, "attributes": {**self._run.exported(), "_not_saved": left_out}}
+        """What a checkpoint keeps of the callback: its arguments and how far the run is.
 
-    def _resume(self, state: TrainerState, output_dir: str) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if not isinstance(saved, dict):
+        The Trainer asks for it in the middle of writing a checkpoint, before it uploads the folder, marks it as
+        complete or deletes older ones; so this is when the files of the callback are written into the folder.
+        """
+        folder = written_checkpoint()
+        if folder is not None and self._trainer is not None:
+            self._run.save(folder, self.report)
+        held, attributes, left_out = self.exported_arguments()
+        return {"args": held, "attributes": {**attributes, **self._run.exported(), "_not_saved": left_out}}
+
+    def _resume(self, trainer: Trainer) -> None:
+        state, folder = trainer.state, resumed_checkpoint(trainer)
+        callbacks = state.stateful_callbacks
+        kept = {n: s.get("attributes", {}) for n, s in callbacks.items() if isinstance(s, dict)}
+        saved = next((name for name, attributes in kept.items() if "_pruned" in attributes), None)
+        if saved is None:
             raise ValueError(
                 f"The checkpoint at step {state.global_step} was made without PruneRewindCallback, so its first part "
                 "has no start to rewind to: train from the beginning, or resume without the callback."
             )
-        self._run.restore(saved["attributes"])
-        self.report = None
+        callbacks[type(self).__name__] = callbacks.pop(saved)  # the Trainer saves by the name of the class
+        target_step = {"init": 0, "early": self.early_steps}.get(self.rewind_to)
+        if self.rewind_to == "early" and state.global_step <= self.early_steps:
+            target_step = None  # still to come
+        self._run.resume(kept[saved], folder, trainer, target_step)
         if self._run.pruned:
-            assert self._run.target_path is not None
-            folders = (Path(output_dir), Path(self._run.target_path).parent)
-            self.report = PruningReport.load(next((f for f in folders if (f / REPORT_NAME).exists()), output_dir))
-        elif self.rewind_to in ("init", "early"):
-            self._run.load_target()
+            folders = (folder, folder.parent)  # older checkpoints have it beside them
+            self.report = PruningReport.load(next((f for f in folders if (f / REPORT_NAME).exists()), folder))
 
     # ------------------------------------------------------------------------------------------------- training begins
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks that the run has room and means for its phases, and keeps the values to rewind to."""
-        trainer = self._trainer = self.trainer or kwargs.get("trainer") or _running_trainer()
-        for name in self._not_saved:
-            if getattr(self, name, None) is None:
+        trainer = self._trainer = self.trainer or kwargs.get("trainer") or running_trainer()
+        older = not isinstance(self._not_saved, Mapping)  # a list, from a checkpoint of an earlier version
+        for name, made_from in (dict.fromkeys(self._not_saved, False) if older else self._not_saved).items():
+            if made_from or getattr(self, name, None) is None:
                 raise ValueError(
                     f"The checkpoint cannot hold the {name} of PruneRewindCallback: leave "
                     "restore_callback_states_from_checkpoint at False, and the callback that was passed goes on."
                 )
         adapter_name, layers = check_run(trainer, self)
-        self._boundary = find_boundary(self, args, state, trainer.callback_handler.train_dataloader)
-        if state.global_step > 0:
-            self._resume(state, args.output_dir)
-        if state.global_step == 0 or not self._run.pruned:
-            try_phases(trainer, self, adapter_name, layers)
-        if state.global_step == 0:
-            self._run.begin(trainer, adapter_name)
-            self.report = None
+        resumed = state.global_step > 0
+        self._run.begin(trainer, adapter_name, resumed)
+        self.report = None
+        if resumed:
+            self._resume(trainer)
+        elif self.rewind_to == "init":
+            self._run.keep_target(trainer)
+        train_dataloader = trainer.callback_handler.train_dataloader
+        pruned_at = None if self.report is None else self.report.step
+        self._boundary = find_boundary(self, args, state, train_dataloader, pruned_at)
+        if not self._run.pruned:
+            with evaluated_values(trainer):
+                try_phases(trainer, self, adapter_name, layers)
         scheduler, made_by_trainer = trainer.lr_scheduler, trainer._created_lr_scheduler
         if isinstance(scheduler, AcceleratedScheduler):  # DeepSpeed steps it, and has the Trainer make it
             scheduler, made_by_trainer = scheduler.scheduler, True
         second_steps = state.max_steps - self._boundary
         self._schedule = TwoPartSchedule(
-            scheduler, args, made_by_trainer, self._boundary, second_steps, self._run.second_start
+            scheduler, args, made_by_trainer, self._boundary, second_steps, self._run.second_start, state.global_step
         )
 
     # ----------------------------------------------------------------------------------------------- between two steps
@@ -195,6 +201,8 @@ class PruneRewindCallback(PruningArguments, TrainerCallback, ExportableState):
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         trainer = self._trainer
         assert trainer is not None and self._schedule is not None
+        if state.global_step == 0:
+            self._run.optimizer_start = OptimizerStart.of(trainer)
         if self.rewind_to == "early" and state.global_step == self.early_steps:
             self._run.keep_target(trainer)
         if state.global_step < self._boundary:
@@ -207,12 +215,6 @@ class PruneRewindCallback(PruningArguments, TrainerCallback, ExportableState):
         trainer.log(self.report.numbers())
 
     # --------------------------------------------------------------------------------------------------------- the end
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Puts the report beside the adapter of a checkpoint."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.report is not None and state.is_world_process_zero and folder.is_dir():
-            self.report.save(folder)
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

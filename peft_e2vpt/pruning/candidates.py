@@ -74,16 +74,13 @@ class CandidateTrial:
         token = self.token[index].repeat_interleave(repeats, dim=0)
         segment = self.segment[index].repeat_interleave(repeats, dim=0)
         try:
-            if self.alike:
-                kept = token[0, 0].nonzero().flatten()
-                self.layers[0].e2vpt_kept_tokens[self.adapter_name] = kept
+            kept = token[0, 0].nonzero().flatten() if self.alike else None
             for i, layer in enumerate(self.layers):
-                layer.gate_override = GateOverride(token[:, i], segment[:, i], self.on)
+                layer.gate_override = GateOverride(token[:, i], segment[:, i], self.on, kept)
             yield
         finally:
             for layer in self.layers:
                 layer.gate_override = None
-                layer.refresh_gates()
 
     def runs(self, longest: int) -> Iterator[range]:
         """Cuts the candidates into runs that share a batch; in a shallow adapter they prune the same prompts."""

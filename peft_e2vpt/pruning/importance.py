@@ -11,12 +11,13 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from ..distributed import is_sharded, sum_over_processes
+from ..distributed import is_sharded, refuse_flat_parameters, sum_over_processes
 from ..evaluation import batches, no_trace
 from ..tuner.config import E2VPTConfig
 from ..tuner.gates import GateOverride
 from ..tuner.layer import E2VPTLayer
 from ..tuner.prompt_layers import active_prompt_layers
+from ..tuner.targets import check_gradients
 from .quality import loss_of
 
 
@@ -87,7 +88,7 @@ def _leaves(
     first_only = config.gate_scope == "model"
     pairs = []
     for layer in layers[:1] if first_only else layers:
-        token, segment = layer.e2vpt_token_gates[adapter_name], layer.e2vpt_segment_gates[adapter_name]
+        token, segment = layer.gates(adapter_name)
         if config.token_gate == "attention":  # removed prompts take no part, all others start at a weight of 1
             token = torch.ones_like(token)
         pair = tuple(gate.expand(num_samples, *gate.shape).clone().requires_grad_() for gate in (token, segment))
@@ -129,12 +130,15 @@ def score_prompts(
         seed: makes random augmentations of the data repeatable.
 
     Raises:
-        ValueError: there is nothing to score, no batch (of a sharded model, in one process), or no loss.
+        ValueError: there is nothing to score, no batch (of a sharded model, in one process), or no loss; or FSDP1
+            shards the model.
         TypeError: a batch is not a dictionary.
         FloatingPointError: a gradient is not finite.
     """
+    refuse_flat_parameters(model)
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     adapter_name, layers = active_prompt_layers(model, adapter_name)
+    check_gradients(model)
     config = layers[0].e2vpt_config[adapter_name]
     assert config.token_gate is not None
     device, sharded = layers[0].e2vpt_token_gates[adapter_name].device, is_sharded(model)

@@ -11,6 +11,7 @@ from ..tuner.prompt_layers import visual_prompt_layers
 from ..tuner.summary import summarise
 from .arguments import PruningArguments
 from .importance import ImportanceScores, score_prompts
+from .optimizer_start import clear_state, show_evaluated_values
 from .quality import BatchQuality, ModelQuality
 from .ranking import Gates, apply_gates, current_gates, prune, prune_to_percentage
 from .report import PruningReport
@@ -85,10 +86,11 @@ def choose(
 
 
 def prune_and_rewind(trainer: Trainer, arguments: PruningArguments, run: RunState, step: int) -> PruningReport:
-    """Scores, prunes and rewinds the model of a Trainer, and clears its optimizer."""
+    """Scores, prunes and rewinds the model of a Trainer, and makes its optimizer as it was at the start."""
     model = trainer.model
     adapter_name, layers = visual_prompt_layers(model)
     before = summarise(model, adapter_name)
+    show_evaluated_values(trainer)
     scores = score(trainer, arguments, adapter_name)
     gates, search = choose(trainer, arguments, scores, adapter_name)
     gates = gates & current_gates(model, adapter_name)  # what an earlier run has pruned stays pruned
@@ -97,7 +99,10 @@ def prune_and_rewind(trainer: Trainer, arguments: PruningArguments, run: RunStat
         redraw(model, adapter_name, trainer.args.seed + 1)
     elif arguments.rewind_to != "none":
         rewind(model, run.target)
-    trainer.optimizer.state.clear()
+    if run.optimizer_start is not None:
+        run.optimizer_start.restore(trainer)
+    else:
+        clear_state(trainer.optimizer)
     after = summarise(model, adapter_name)
     return PruningReport.build(
         scores=scores,

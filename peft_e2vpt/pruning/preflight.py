@@ -16,7 +16,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ..evaluation import no_trace
-from ..tuner.layer import E2VPTLayer
+from ..tuner.layer import DATA_PARALLEL, E2VPTLayer
 from ..tuner.prompt_layers import active_prompt_layers, visual_prompt_layers
 from .arguments import PruningArguments
 from .importance import score_prompts, zero_scores
@@ -67,28 +67,59 @@ def check_run(trainer: Trainer, arguments: PruningArguments) -> tuple[str, list[
 
 
 def find_boundary(
-    arguments: PruningArguments, args: TrainingArguments, state: TrainerState, train_dataloader: Any
+    arguments: PruningArguments,
+    args: TrainingArguments,
+    state: TrainerState,
+    train_dataloader: Any,
+    pruned_at: int | None = None,
 ) -> int:
-    """The optimizer step after which the first part ends.
+    """The optimizer step after which the first part ends, or has ended.
+
+    A run that is resumed may have become longer or shorter. Where it was pruned stays; where it has gone past the step
+    at which it would be now, it is pruned before its next step.
+
+    Args:
+        arguments: of the callback.
+        args: of the Trainer.
+        state: how far the run is, and how many steps it will have.
+        train_dataloader: the training set in batches.
+        pruned_at: the step after which the run was pruned, where it was.
 
     Raises:
-        ValueError: the run has no room for two parts.
+        ValueError: the run has no room for two parts, or fewer steps than lie behind it.
     """
+    done, total = int(state.global_step), int(state.max_steps)
     sized = has_length(train_dataloader)
     per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps) if sized else 0
-    steps_per_unit = {"fraction": state.max_steps, "epochs": per_epoch, "steps": 1}[arguments.unit]
+    trains_on = sized and done % per_epoch > 0  # the Trainer ends a run at once at the end of an epoch only
+    if done > total or (done == total and (pruned_at is None or trains_on)):
+        when = "before" if pruned_at is None else "after"
+        raise ValueError(
+            f"The checkpoint is at step {done}, {when} pruning, and the run is to have {total} optimizer steps: "
+            "nothing is left to train. Raise num_train_epochs or max_steps, or load the adapter of the checkpoint."
+        )
+    if pruned_at is not None:
+        return pruned_at
+    steps_per_unit = {"fraction": total, "epochs": per_epoch, "steps": 1}[arguments.unit]
     boundary = round(float(arguments.prune_after * steps_per_unit))
     first = max(1, arguments.early_steps)
-    if not first <= boundary < state.max_steps:
+    if total <= first:
         raise ValueError(
-            f"The run has {state.max_steps} optimizer steps, and the first part would end after {boundary}: it has to "
-            f"end after step {first} to {state.max_steps - 1}. Train longer or change prune_after."
+            f"The run has {total} optimizer steps, and one with pruning needs at least {first + 1}, one in "
+            "each part: train longer, or prune a trained adapter with peft-e2vpt prune."
         )
-    return boundary
+    if not first <= boundary < total:
+        raise ValueError(
+            f"The run has {total} optimizer steps, and the first part would end after {boundary}: it has to "
+            f"end after step {first} to {total - 1}. Train longer or change prune_after."
+        )
+    return max(boundary, done)
 
 
 def _check_sharding(trainer: Trainer) -> None:
     state = trainer.accelerator.state
+    if trainer.args.n_gpu > 1 and not getattr(trainer, "is_model_parallel", False):
+        raise ValueError(DATA_PARALLEL)
     if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1:
         raise ValueError(
             "PruneRewindCallback works under FSDP2, but this run uses FSDP1, which hides single parameters in flat "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import reshard
+from ..tuner.config import plain
 from ..tuner.prompt_layers import visual_prompt_layers
 from ..tuner.summary import summarise
 from .importance import ImportanceScores
@@ -52,14 +53,23 @@ class Gates:
         return sum(int(self.of_layer(i)[1].sum()) * width // num_segments for i, width in enumerate(widths))
 
 
-def check_ratio(ratio: float) -> None:
+def check_ratio(ratio: float, name: str = "A pruning ratio") -> None:
     """Checks a ratio of things to prune.
 
+    Args:
+        ratio: the ratio.
+        name: the argument, for the message.
+
     Raises:
+        TypeError: it is no number.
         ValueError: it lies outside 0 to 1.
     """
+    ratio = plain(ratio)
+    if isinstance(ratio, bool) or not isinstance(ratio, Real):
+        raise TypeError(f"{name} is a number from 0 to 1, got {ratio!r}.")
     if not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"A pruning ratio lies between 0 and 1, got {ratio}; pass a whole number to prune so many.")
+        percent = f", or {float(ratio) / 100.0:g} for {float(ratio):g} %" if 1.0 < ratio <= 100.0 else ""
+        raise ValueError(f"{name} lies between 0 and 1, got {ratio}; pass a whole number to prune so many{percent}.")
 
 
 def check_amount(name: str, amount: object) -> float | int:
@@ -76,6 +86,7 @@ def check_amount(name: str, amount: object) -> float | int:
         TypeError: it is something else.
         ValueError: a ratio outside 0 to 1, or a number below 0.
     """
+    amount = plain(amount)
     if isinstance(amount, bool) or not isinstance(amount, Real):
         raise TypeError(
             f"{name} is a ratio such as 0.5 (a float from 0 to 1) or how many to prune (an int), got {amount!r}."
@@ -84,8 +95,46 @@ def check_amount(name: str, amount: object) -> float | int:
         if amount < 0:
             raise ValueError(f"{name} is how many to prune, 0 or more, got {amount}.")
         return int(amount)
-    check_ratio(float(amount))
+    check_ratio(float(amount), f"{name}: a pruning ratio")
     return float(amount)
+
+
+def check_count(name: str, count: object, least: int = 0) -> int:
+    """Checks a number of things.
+
+    Args:
+        name: the argument, for the message.
+        count: the number, also one of NumPy.
+        least: what it is at least.
+
+    Returns:
+        The number as Python's own.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is too small.
+    """
+    count = plain(count)
+    if isinstance(count, bool) or not isinstance(count, Integral):
+        raise TypeError(f"{name} is a whole number of at least {least}, got {count!r}.")
+    if count < least:
+        raise ValueError(f"{name} is a whole number of at least {least}, got {count}.")
+    return int(count)
+
+
+def check_number(name: str, number: object, least: float, most: float) -> float:
+    """Checks a number that lies between two others.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it lies outside, or is NaN.
+    """
+    number = plain(number)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{name} is a number, got {number!r}.")
+    if not least < float(number) < most:
+        raise ValueError(f"{name} lies between {least:g} and {most:g}, got {number}.")
+    return int(number) if isinstance(number, Integral) else float(number)
 
 
 def number_to_prune(count: int, amount: float | int, minimum: int, what: str = "prompts") -> int:
@@ -101,12 +150,16 @@ def number_to_prune(count: int, amount: float | int, minimum: int, what: str = "
         TypeError: the amount is neither.
         ValueError: a ratio outside 0 to 1, or a number that leaves fewer than `minimum`.
     """
+    minimum = check_count(f"The least number of {what} that stay", minimum)
     amount, most = check_amount(f"The amount of {what} to prune", amount), max(count - minimum, 0)
     if isinstance(amount, int):
         if amount > most:
+            ratio = (
+                f"{amount / 100:g} prunes {amount} % of them" if count < amount <= 100 else "0.5 prunes half of them"
+            )
             raise ValueError(
                 f"Cannot prune {amount} of {count} {what}: at least {minimum} must remain. Prune at most {most}, or "
-                "pass a ratio: 0.5 prunes half of them."
+                f"pass a ratio: {ratio}."
             )
         return amount
     return min(math.floor(amount * count + 1e-9), most)
@@ -163,8 +216,10 @@ def prune(
         TypeError: an amount is neither a ratio nor a number.
         ValueError: an amount is impossible; see `number_to_prune`.
     """
-    token_amount = renamed("tokens", tokens, "prune_tokens", prune_tokens) or 0.0
-    segment_amount = renamed("segments", segments, "prune_segments", prune_segments) or 0.0
+    token_amount = renamed("tokens", tokens, "prune_tokens", prune_tokens)
+    segment_amount = renamed("segments", segments, "prune_segments", prune_segments)
+    token_amount = 0 if token_amount is None else check_amount("prune_tokens", token_amount)
+    segment_amount = 0 if segment_amount is None else check_amount("prune_segments", segment_amount)
     num_tokens, num_segments = scores.segment.shape[-2:]
     token = _keep_highest(scores.token, number_to_prune(num_tokens, token_amount, min_tokens))
     segment = _keep_highest(scores.segment, number_to_prune(num_segments, segment_amount, min_segments, "segments"))
@@ -227,6 +282,7 @@ def prune_to_percentage(
     Raises:
         ValueError: the bounds leave more values than the budget has.
     """
+    max_tuned_percentage = check_number("max_tuned_percentage", max_tuned_percentage, 0, 100)
     adapter_name, layers = visual_prompt_layers(model, adapter_name)
     summary = summarise(model, adapter_name)
     visual = sum(int(layer.kept(adapter_name).sum()) for layer in layers)
@@ -252,8 +308,8 @@ def current_gates(model: nn.Module, adapter_name: str | None = None) -> Gates:
     adapter_name, layers = visual_prompt_layers(model, adapter_name)
     if layers[0].e2vpt_config[adapter_name].gate_scope == "model":
         layers = layers[:1]
-    token = torch.stack([layer.e2vpt_token_gates[adapter_name] for layer in layers])
-    return Gates(token, torch.stack([layer.e2vpt_segment_gates[adapter_name] for layer in layers]))
+    gates = [layer.gates(adapter_name) for layer in layers]
+    return Gates(torch.stack([token for token, _ in gates]), torch.stack([segment for _, segment in gates]))
 
 
 def apply_gates(model: nn.Module, gates: Gates, adapter_name: str | None = None) -> None:

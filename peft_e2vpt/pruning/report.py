@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .importance import ImportanceScores
 from .ranking import Gates
@@ -14,6 +17,13 @@ from .search import PruningSearch
 
 
 REPORT_NAME = "pruning_report.json"
+
+
+def own_file(path: Path) -> Path:
+    """A path to write to, which is no link: a folder of somebody else's cannot have another file overwritten."""
+    if path.is_symlink():
+        path.unlink()
+    return path
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class PruningReport:
         """Writes the report into a folder as `pruning_report.json` and returns its path."""
         path = Path(folder) / REPORT_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        own_file(path).write_text(json.dumps(asdict(self)), encoding="utf-8")
         return path
 
     @classmethod
@@ -86,8 +96,36 @@ class PruningReport:
 
         Raises:
             FileNotFoundError: the folder has none.
+            ValueError: it is damaged.
         """
-        return cls(**json.loads((Path(folder) / REPORT_NAME).read_text(encoding="utf-8")))
+        path = Path(folder) / REPORT_NAME
+        try:
+            report = cls(**json.loads(path.read_text(encoding="utf-8")))
+            report._check()
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is damaged, or not the report of a pruning: copy it again, or delete it ({error})."
+            ) from error
+        return report
+
+    def _check(self) -> None:
+        """Checks the types of what has been read from a file.
+
+        Raises:
+            ValueError: scores and gates are no tables of numbers of one shape.
+            TypeError: a number is none.
+        """
+        tables = ((self.token_scores, self.segment_scores), (self.token_gates, self.segment_gates))
+        for tokens, segments in tables:
+            if torch.tensor(segments).shape[:2] != torch.tensor(tokens).shape:
+                raise ValueError("numbers of prompts and of segments differ")
+        numbers = (
+            *(self.tuned_values_before, self.tuned_values_after, self.tuned_percentage_before),
+            *(self.tuned_percentage_after, self.num_scored_samples, *self.layers),
+            *(() if self.step is None else (self.step,)),
+        )
+        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+            raise TypeError("a number is expected")
 
     @property
     def when(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ..distributed import assign, reshard, whole
+from ..distributed import assign, full_shape, reshard, whole
 from ..tuner.prompt_layers import prompt_layers
 
 
@@ -30,8 +30,33 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Copies all tensors that training changes, of prompts and head, by name; in every process all of each."""
+    """Copies all tensors that training changes, of prompts and head, by name; in every process all of each.
+
+    Raises:
+        ValueError: FSDP1 shards the model, and hides its parameters.
+    """
     return {name: whole(tensor) for name, tensor in _trained(model).items()}
+
+
+def check_rewindable(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Sees to it that a model trains the given tensors, by name and shape.
+
+    Raises:
+        ValueError: it trains others.
+    """
+    _check_match(_trained(model), tensors)
+
+
+def _check_match(trained: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    if trained.keys() != tensors.keys():
+        differing = sorted(trained.keys() ^ tensors.keys())
+        raise ValueError(f"The model trains other parameters than those to rewind to: {', '.join(differing[:4])}.")
+    for name, tensor in trained.items():
+        if full_shape(tensor) != tensors[name].shape:
+            raise ValueError(
+                f"The model trains {name} of shape {tuple(full_shape(tensor))}, but the values to rewind to are of "
+                f"shape {tuple(tensors[name].shape)}."
+            )
 
 
 @torch.no_grad()
@@ -39,12 +64,10 @@ def rewind(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Gives the trained tensors, in place, the values of an earlier `trained_tensors`; pruned values stay zero.
 
     Raises:
-        ValueError: the model trains other parameters than those given.
+        ValueError: the model trains other parameters than those given, or FSDP1 shards it.
     """
     trained = _trained(model)
-    if trained.keys() != tensors.keys():
-        differing = sorted(trained.keys() ^ tensors.keys())
-        raise ValueError(f"The model trains other parameters than those to rewind to: {', '.join(differing[:4])}.")
+    _check_match(trained, tensors)
     for name, tensor in trained.items():
         assign(tensor, tensors[name])
     _clear_pruned_values(model)

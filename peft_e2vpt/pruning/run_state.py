@@ -6,85 +6,135 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .optimizer_start import OptimizerStart, evaluated_values
 from .ranking import Gates, apply_gates, current_gates
-from .rewinding import rewind, trained_tensors
+from .report import REPORT_NAME, PruningReport
+from .rewinding import check_rewindable, rewind, trained_tensors
 
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 
-TARGET_FILE = "_rewind_target.safetensors"  # Trainer.push_to_hub leaves names with a leading underscore out
+TARGET_FILE = "_rewind_target.safetensors"
+OPTIMIZER_FILE = "_rewind_optimizer.pt"
 
 
 class RunState:
-    """How far a run is, and the values that it may return to.
+    """How far a run is, and what it may return to. All of it lies in every checkpoint.
 
     Attributes:
         pruned: whether its second part has begun.
         second_start: the scheduler's step at which it has.
-        target: the values to rewind to.
-        target_path: the file that holds them for a resume.
+        target: the values to rewind to, where the run rewinds to values of its own.
+        target_step: the optimizer step after which they were taken.
+        optimizer_start: what the optimizer held before the first step.
     """
 
     def __init__(self) -> None:
         self.pruned = False
         self.second_start: int | None = None
         self.target: dict[str, Tensor] = {}
-        self.target_path: str | None = None
-        self._initial: dict[str, Tensor] = {}
-        self._initial_gates: Gates | None = None
+        self.target_step: int | None = None
+        self.optimizer_start: OptimizerStart | None = None
         self._attempt: Any = None
+        self._attempt_values: dict[str, Tensor] = {}
+        self._attempt_gates: Gates | None = None
 
-    def begin(self, trainer: Trainer, adapter_name: str) -> None:
-        """Begins a run; the same one anew where the Trainer has run out of memory."""
+    def begin(self, trainer: Trainer, adapter_name: str, resumed: bool) -> None:
+        """Begins a run or goes on with one; the same anew where the Trainer has run out of memory."""
         model = trainer.model
         if trainer.args.auto_find_batch_size and self._attempt is model:
-            assert self._initial_gates is not None
-            apply_gates(model, self._initial_gates, adapter_name)
-            rewind(model, self._initial)
-            trainer.optimizer.state.clear()
-        self._attempt = model
-        self._initial_gates = current_gates(model, adapter_name)
+            assert self._attempt_gates is not None
+            apply_gates(model, self._attempt_gates, adapter_name)
+            rewind(model, self._attempt_values)
+            if self.optimizer_start is not None and not resumed:  # else the checkpoint's was loaded again
+                self.optimizer_start.restore(trainer)
         self.pruned, self.second_start = False, None
-        self.keep_target(trainer)
-        self._initial = self.target
+        self.target, self.target_step, self.optimizer_start = {}, None, None
+        self._attempt = model
+        if trainer.args.auto_find_batch_size:
+            self._attempt_gates, self._attempt_values = current_gates(model, adapter_name), trained_tensors(model)
 
     def keep_target(self, trainer: Trainer) -> None:
-        """Notes the values of this moment as those to rewind to, and saves them for a resume."""
-        self.target = trained_tensors(trainer.model)
-        path = Path(trainer.args.output_dir) / TARGET_FILE
-        self.target_path = str(path)
-        if trainer.is_world_process_zero():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous().cpu() for name, tensor in self.target.items()}, path)
-
-    def load_target(self) -> None:
-        """Reads the values to rewind to that the run has saved.
-
-        Raises:
-            FileNotFoundError: they are gone.
-        """
-        if self.target_path is None or not Path(self.target_path).exists():
-            raise FileNotFoundError(
-                f"The values to rewind to are not at {self.target_path}, where the run saved them: keep the output "
-                "folder of the run that is resumed."
-            )
-        self.target = load_file(self.target_path)
+        """Notes the values of this moment as those to rewind to."""
+        with evaluated_values(trainer):
+            self.target = trained_tensors(trainer.model)
+        self.target_step = trainer.state.global_step
 
     def end(self) -> None:
         """Lets go of model and values."""
-        self._attempt = self._initial_gates = None
-        self.target, self._initial = {}, {}
+        self._attempt = self._attempt_gates = self.optimizer_start = None
+        self.target, self._attempt_values = {}, {}
 
+    # ------------------------------------------------------------------------------------------------- in a checkpoint
     def exported(self) -> dict[str, Any]:
-        """What a checkpoint keeps, by name."""
-        return {"_pruned": self.pruned, "_second_start": self.second_start, "_target_path": self.target_path}
+        """What a checkpoint keeps by name, besides its files."""
+        return {"_pruned": self.pruned, "_second_start": self.second_start, "_target_step": self.target_step}
 
-    def restore(self, exported: dict[str, Any]) -> None:
-        """Goes on from what a checkpoint has kept."""
+    def save(self, folder: Path, report: PruningReport | None) -> None:
+        """Writes what a resume needs into the folder of a checkpoint, and removes what another run has left there."""
+        for name in (TARGET_FILE, OPTIMIZER_FILE, REPORT_NAME):
+            (folder / name).unlink(missing_ok=True)
+        if self.pruned:
+            assert report is not None
+            report.save(folder)
+            return
+        if self.target:
+            save_file({name: t.contiguous().cpu() for name, t in self.target.items()}, folder / TARGET_FILE)
+        if self.optimizer_start is not None:
+            self.optimizer_start.save(folder / OPTIMIZER_FILE)
+
+    def resume(self, exported: dict[str, Any], folder: Path, trainer: Trainer, target_step: int | None) -> None:
+        """Goes on from the checkpoint in a folder.
+
+        Args:
+            exported: what the checkpoint has kept by name.
+            folder: of the checkpoint.
+            trainer: the Trainer that resumes.
+            target_step: the step whose values the run will rewind to, `None` if they are no concern of the checkpoint.
+
+        Raises:
+            FileNotFoundError: the checkpoint misses a file.
+            ValueError: a file is damaged, or the values are of another step or another model.
+        """
         self.pruned, self.second_start = exported["_pruned"], exported["_second_start"]
-        self.target_path = exported["_target_path"]
+        if self.pruned:
+            return
+        old = "_target_path" in exported  # written when the values lay in the output folder, and the optimizer nowhere
+        if not old:
+            path = folder / OPTIMIZER_FILE
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{path} is missing, which holds what the optimizer started with: copy the whole folder of the "
+                    "checkpoint, or resume from another checkpoint."
+                )
+            self.optimizer_start = OptimizerStart.load(path)
+        if target_step is None:
+            return
+        self.target_step = target_step if old else exported["_target_step"]
+        if self.target_step != target_step:
+            kept = "none" if self.target_step is None else f"those after step {self.target_step}"
+            raise ValueError(
+                f"The run is to rewind to its values after step {target_step}, but of the values to rewind to, "
+                f"{folder} holds {kept}: pass the same rewind_to and early_steps as at the start of the run."
+            )
+        path = folder / TARGET_FILE
+        if old:  # beside the checkpoint, if they have moved together
+            path = next((p for p in (folder.parent / TARGET_FILE, Path(exported["_target_path"])) if p.exists()), path)
+        self.target = _load_target(path)
+        check_rewindable(trainer.model, self.target)
+
+
+def _load_target(path: Path) -> dict[str, Tensor]:
+    remedy = "copy the whole folder of the checkpoint, resume from another checkpoint, or pass rewind_to='fresh'"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing, which holds the values to rewind to: {remedy}.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}, which holds the values to rewind to, is damaged ({error}): {remedy}.") from error

@@ -27,6 +27,8 @@ class TwoPartSchedule:
         first_steps: optimizer steps of the first part.
         second_steps: optimizer steps of the second part.
         second_start: the scheduler's step at which the second part began, where it has begun.
+        done: optimizer steps of the run so far; a checkpoint may hold the model only (`save_only_model`), and no
+            scheduler that counts them.
 
     Raises:
         ValueError: the scheduler is of a kind that cannot start again.
@@ -40,6 +42,7 @@ class TwoPartSchedule:
         first_steps: int,
         second_steps: int,
         second_start: int | None = None,
+        done: int = 0,
     ) -> None:
         self.scheduler = scheduler
         self.second_start = second_start
@@ -55,6 +58,8 @@ class TwoPartSchedule:
                 "lr_scheduler_type of TrainingArguments such as 'linear' or 'cosine', and leave the scheduler out of "
                 "a DeepSpeed configuration."
             )
+        if scheduler.last_epoch == 0:
+            scheduler.last_epoch = done
         if made_by_trainer:
             first, second = self._rebuild(args, first_steps), self._rebuild(args, second_steps)
             scheduler.lr_lambdas = [self._join(first, second)] * len(scheduler.lr_lambdas)

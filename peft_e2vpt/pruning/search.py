@@ -15,7 +15,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..distributed import is_distributed, is_sharded, sum_over_processes
+from ..distributed import is_distributed, is_sharded, refuse_flat_parameters, sum_over_processes
 from ..evaluation import Batch, batches, no_trace
 from .candidates import Candidate, CandidateTrial
 from .importance import ImportanceScores
@@ -194,10 +194,11 @@ def search_pruning(
         seed: makes random augmentations of the data repeatable.
 
     Raises:
-        ValueError: the scores do not fit the model, the dataloader is empty (of a sharded model, in one process), or
-            its batches have neither labels nor loss.
+        ValueError: the scores do not fit the model, FSDP1 shards it, the dataloader is empty (of a sharded model, in
+            one process), or its batches have neither labels nor loss.
         TypeError: a batch is not a dictionary.
     """
+    refuse_flat_parameters(model)
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     bounds = {"min_tokens": min_tokens, "min_segments": min_segments}
     trial = CandidateTrial(model, scores, token_ratios, segment_ratios, bounds, adapter_name)

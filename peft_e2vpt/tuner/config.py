@@ -4,16 +4,24 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
+import os
 import re
+import reprlib
 import warnings
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME
 from torch import nn
 
-from .._compat import METHOD, peft_type
+from .._compat import METHOD, Origin, peft_type, ways_to_match
 from .heads import classes_shown
 
 
@@ -36,11 +44,68 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "segment_layout": get_args(SegmentLayout),
     "pruned_prompts": get_args(PrunedPrompts),
 }
-SWITCHES = ("share_kv_prompts", "share_kv_prompts_across_layers", "init_weights")
+SWITCHES = ("share_kv_prompts", "share_kv_prompts_across_layers", "init_weights", "inference_mode")
+MANY_PROMPTS, MOST_PROMPTS = 1_000, 100_000  # the paper has up to 100; every prompt costs every attention a row
+MOST_WAYS = 2e8  # in which a regular expression may match a name: four wildcards, none inside another
+LFS_POINTER = b"version https://git-lfs"
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 200
+shown = _shown.repr  # of what a file holds, which may be long
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy, or a tensor without dimensions, as Python's own; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+def damaged(path: str | Path) -> str:
+    """What is wrong with a file that cannot be read."""
+    with Path(path).open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        return f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull where it was cloned."
+    return f"{path} is damaged or incomplete: copy it again, or download it with force_download=True."
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The content of an `adapter_config.json`.
+
+    Raises:
+        ValueError: it is damaged, or not the configuration of an adapter.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of the JSON, or of its encoding
+        raise ValueError(damaged(path)) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not the configuration of an adapter: it holds {shown(content)}, no object.")
+    method = content.get("peft_type")
+    if method is not None and not (isinstance(method, str) and method in PEFT_TYPE_TO_CONFIG_MAPPING):
+        raise ValueError(
+            f"{path} has peft_type={shown(method)}, which PEFT does not know: pip install -U peft, or import the "
+            "package that brings this method."
+        )
+    return content
 
 
 def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in what a JSON file can hold is infinite or NaN."""
+    ahead = [value]
+    for part in ahead:  # grows on the way: a file may be nested deeper than functions may call each other
+        if isinstance(part, (dict, list, tuple)):
+            ahead.extend(part.values() if isinstance(part, dict) else part)
+        elif isinstance(part, float) and not math.isfinite(part):
+            return False
+    return True
 
 
 class Companion(Protocol):
@@ -48,6 +113,9 @@ class Companion(Protocol):
 
     def bind(self, config: E2VPTConfig, model: nn.Module) -> None:
         """Called when an adapter is put on a model: notes where that comes from, warns where the two do not fit."""
+
+    def tensors(self, origin: Origin) -> Path:
+        """The file with the tensors of an adapter, which can be read."""
 
     def settings(self, config: E2VPTConfig, model: nn.Module) -> dict[str, Any]:
         """Fields of `adapter_config.json` that the model decides when its adapter is saved."""
@@ -121,7 +189,8 @@ class E2VPTConfig(PeftConfig):
             belong to one module. `None` finds the head of the model; `[]` trains none. The config of the adapted
             model says what was found, by full paths; the one that you pass stays as it is.
         init_weights (`bool`, *optional*, defaults to `True`):
-            Whether prompts start from the initialisations above; `False` leaves them at zero.
+            Other methods of PEFT start as a no-op, and `False` asks them for random values instead. Prompts are never
+            a no-op: they start from the initialisations above with either.
         labels (`list[str]`, *optional*):
             Names of the classes in the order of the logits. Written when the adapter is saved, from the `id2label` of
             its model; `peft_e2vpt.load` builds the head from it.
@@ -190,7 +259,7 @@ class E2VPTConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved; None finds the head."}
     )
-    init_weights: bool = field(default=True, metadata={"help": "Whether to draw the initial prompts."})
+    init_weights: bool = field(default=True, metadata={"help": "No effect: prompts are drawn with either."})
     labels: list[str] | None = field(
         default=None, metadata={"help": "Names of the classes; written when the adapter is saved."}
     )
@@ -203,30 +272,75 @@ class E2VPTConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = peft_type()
         self._adapter: tuple[weakref.ref[nn.Module], str] | None = None  # no field, so not in adapter_config.json
+        self.base_model_given = self.base_model_name_or_path  # PEFT writes the name of the model over it
         self.waits_for_values = False  # it was read from a file, and the adapter's values were not yet
+        self.check()
+        most = max(self.num_visual_prompts, self.num_kv_prompts)
+        if most >= MANY_PROMPTS:
+            warnings.warn(
+                f"num_visual_prompts={self.num_visual_prompts} and num_kv_prompts={self.num_kv_prompts}: every prompt "
+                "is one more key in every attention, and the paper has 10 to 100. Is it meant to be so many?",
+                stacklevel=3,
+            )
+
+    def check(self) -> None:
+        """Checks every field, and turns numbers of NumPy and torch into Python's own.
+
+        Raises:
+            ValueError: a field is impossible; the message names it, the value found and what is allowed.
+        """
+        for known in fields(self):
+            setattr(self, known.name, plain(getattr(self, known.name)))
         self._check_format()
         self._check_counts()
         if self.token_gate is None:
             self.token_gate = "embedding" if self.visual_prompt_mode == "shallow" else "attention"
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value in choices):
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}.")
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be True or False, got {shown(getattr(self, name))}.")
         dropout: Any = self.visual_prompt_dropout
         if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
-            raise ValueError(f"visual_prompt_dropout must be a number in [0, 1), got {dropout!r}.")
+            raise ValueError(f"visual_prompt_dropout must be a number in [0, 1), got {shown(dropout)}.")
         self._check_names()
         if self.visual_prompt_mode == "shallow":
             self._check_shallow()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> E2VPTConfig:
-        """Reads `adapter_config.json`; the arguments are PEFT's."""
-        config: E2VPTConfig = super().from_pretrained(*args, **kwargs)
+        """Reads `adapter_config.json`; the arguments are PEFT's.
+
+        Raises:
+            ValueError: there is none, it is damaged, or one of its fields is impossible.
+            TypeError: it is not the configuration of an adapter.
+        """
+        try:
+            config: E2VPTConfig = super().from_pretrained(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            if CONFIG_NAME in str(error):
+                raise
+            where = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            raise type(error)(f"{where}/{CONFIG_NAME}: {error}") from error
         config.waits_for_values = True
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Reads the file that `from_pretrained` has found.
+
+        Raises:
+            ValueError: it is damaged, or the configuration of something else.
+            TypeError: it is not the configuration of an adapter.
+        """
+        if "peft_type" not in read_settings(path_json_file):
+            raise TypeError(
+                f"{path_json_file} is not the configuration of an adapter: it is missing required keys: peft_type."
+            )
+        content: dict[str, Any] = super().from_json_file(path_json_file, **kwargs)
+        return content
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -281,47 +395,67 @@ class E2VPTConfig(PeftConfig):
 
     def _check_format(self) -> None:
         if not _is_whole(self.format_version, 1):
-            raise ValueError(f"format_version must be a whole number of at least 1, got {self.format_version!r}.")
+            raise ValueError(f"format_version must be a whole number of at least 1, got {shown(self.format_version)}.")
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"The adapter has format_version={self.format_version}, and this version of peft_e2vpt reads up to "
                 f"{FORMAT_VERSION}: pip install -U peft_e2vpt."
             )
         labels: Any = self.labels
-        if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
-            raise ValueError(f"labels must be None or a list of names, got {labels!r}.")
+        if isinstance(labels, tuple):
+            self.labels = labels = list(labels)
+        if labels is not None and not _is_names(labels):
+            raise ValueError(f"labels must be None or a list of names, got {shown(labels)}.")
         settings: Any = self.base_model_settings
         if settings is not None and not isinstance(settings, dict):
-            raise ValueError(f"base_model_settings must be None or a dictionary, got {settings!r}.")
+            raise ValueError(f"base_model_settings must be None or a dictionary, got {shown(settings)}.")
+        if not _is_finite(settings):
+            raise ValueError(f"base_model_settings must hold finite numbers only, got {shown(settings)}.")
+        mapping: Any = self.auto_mapping
+        if mapping is not None and not (
+            isinstance(mapping, dict) and all(isinstance(value, str) for value in mapping.values())
+        ):
+            raise ValueError(f"auto_mapping must be None or a dictionary of names, got {shown(mapping)}.")
+        base: Any = self.base_model_name_or_path
+        if base is not None and not isinstance(base, (str, os.PathLike)):
+            raise ValueError(f"base_model_name_or_path must be None or a string, got {shown(base)}.")
+        version: Any = self.peft_version
+        if not isinstance(version, str):
+            raise ValueError(f"peft_version must be None or a string, got {shown(version)}.")
+        revision: Any = self.revision
+        if revision is not None and not (isinstance(revision, str) and _is_git_name(revision)):
+            raise ValueError(f"revision must be None or a branch, tag or commit, got {shown(revision)}.")
 
     def _check_counts(self) -> None:
         for name, least in (("num_visual_prompts", 0), ("num_kv_prompts", 0), ("num_segments", 1)):
-            if not _is_whole(getattr(self, name), least):
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not _is_whole(value, least):
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {shown(value)}.")
+            if value > MOST_PROMPTS:
+                raise ValueError(f"{name} must be at most {MOST_PROMPTS}, got {shown(value)}.")
         if self.num_visual_prompts == 0 and self.num_kv_prompts == 0:
             raise ValueError(
                 "num_visual_prompts and num_kv_prompts are both 0, so there is nothing to tune; set one of them."
             )
-        if self.seed is not None and not _is_whole(self.seed, 0):
-            raise ValueError(f"seed must be None or a whole number of at least 0, got {self.seed!r}.")
+        if self.seed is not None and not (_is_whole(self.seed, 0) and self.seed < 2**63):
+            raise ValueError(
+                f"seed must be None or a whole number of at least 0, below 2**63, got {shown(self.seed)}."
+            )
 
     def _check_names(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, (set, tuple)):
-                value = sorted(value)
+                value = sorted(value, key=str)
                 setattr(self, name, value)
             if name == "modules_to_save" and isinstance(value, str):
                 raise ValueError(
-                    f"modules_to_save must be a list of names, got the string {value!r}: pass [{value!r}]."
+                    f"modules_to_save must be a list of names, got the string {shown(value)}: pass [{shown(value)}]."
                 )
             if isinstance(value, str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise ValueError(f"{name}={value!r} is not a regular expression: {error}.") from error
-            elif value is not None and not (isinstance(value, list) and all(isinstance(n, str) for n in value)):
-                raise ValueError(f"{name} must be None or a list of names, got {value!r}.")
+                _check_expression(name, value)
+            elif value is not None and not _is_names(value):
+                raise ValueError(f"{name} must be None or a list of names, got {shown(value)}.")
         if self.target_modules == "all-linear":
             raise ValueError(
                 "target_modules='all-linear' names linear layers, but E2VPT adapts whole self-attentions: leave "
@@ -329,10 +463,13 @@ class E2VPTConfig(PeftConfig):
             )
         layers: Any = self.layers_to_transform
         if layers is not None:
-            layers = [layers] if isinstance(layers, int) else list(layers)
+            if not isinstance(layers, Iterable) or isinstance(layers, dict):
+                layers = [layers]
+            layers = [plain(layer) for layer in layers]
             if not layers or not all(_is_whole(layer, 0) for layer in layers):
                 raise ValueError(
-                    f"layers_to_transform must hold layer numbers from 0 on, got {layers}; None adapts all layers."
+                    f"layers_to_transform must hold layer numbers from 0 on, got {shown(layers)}; None adapts all "
+                    "layers."
                 )
             self.layers_to_transform = layers
 
@@ -349,3 +486,26 @@ class E2VPTConfig(PeftConfig):
                 f"layers_to_transform={self.layers_to_transform} is not possible with visual_prompt_mode='shallow', "
                 "whose prompts enter before the first layer and leave after the last: leave it at None."
             )
+
+
+def _is_git_name(name: str) -> bool:
+    """Whether Git allows a name for a branch or tag, as far as it matters where the name becomes part of a path."""
+    return bool(name) and ".." not in name and not name.startswith(("/", "~")) and not re.search(r"[\\\s\0:]", name)
+
+
+def _check_expression(name: str, value: str) -> None:
+    """Checks a regular expression, which may come from a file.
+
+    Raises:
+        ValueError: it is none, or trying it may take forever.
+    """
+    try:
+        re.compile(value)
+        ways = ways_to_match(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name}={shown(value)} is not a regular expression: {error}.") from error
+    if ways > MOST_WAYS:
+        raise ValueError(
+            f"{name}={shown(value)} can match a name in so many ways that trying them may never end: use at most four "
+            "of * and +, none around another, or pass a list of names."
+        )

@@ -12,11 +12,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .._compat import BufferDict, device_and_dtype
+from .._compat import device_and_dtype, has_values, is_batched
 from ..attention import interface, torch_function
 from ..attention.rows import Rows, one_per_sample, side_by_side
 from ..backbones.sites import AttentionSite
 from .config import E2VPTConfig
+from .gates import Seen
 from .mixed_batch import current_choice
 from .prompts import Prompts, as_scored, constant_rows, rows_of_constants, rows_of_prompts
 
@@ -35,6 +36,13 @@ def _num_samples_of_this_thread() -> int | None:
     return _batch.num_samples
 
 
+DATA_PARALLEL = (
+    "E2VPT does not work in torch.nn.DataParallel, whose copies of the model would all use the prompts on the first "
+    "GPU: start one process per GPU with torchrun or accelerate launch, or show the program a single GPU with "
+    "CUDA_VISIBLE_DEVICES=0."
+)
+
+
 def _refresh_gates_after_load(layer: E2VPTLayer, incompatible_keys: Any) -> None:
     layer.refresh_gates()
 
@@ -44,7 +52,8 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
 
     The layer stands beside the model, not around its attention: the attention module keeps its class and its path, and
     pulls its rows from here when it runs. The tensors are those of `Prompts`, and of a merged adapter also
-    `e2vpt_merged_rows` (2, 1, H, P, d), its keys and values, a buffer that is not saved.
+    `e2vpt_merged_rows` (2, 1, H, P, d), its keys and values. They are no buffer: whoever copies or averages a model
+    does that with its prompts, and the rows follow.
 
     Args:
         site: the self-attention and the block around it.
@@ -55,8 +64,7 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
     other_param_names = (
         "e2vpt_token_gates",
         "e2vpt_segment_gates",
-        "e2vpt_kept_tokens",
-        "e2vpt_value_gates",
+        "e2vpt_gate_effects",
         "e2vpt_merged_rows",
         "e2vpt_kv_source",
         "e2vpt_config",
@@ -71,7 +79,8 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
     def __init__(self, site: AttentionSite, index: int) -> None:
         super().__init__(site, index)
         self.eager_attention = interface.eager_attention_of(site.attention, site.backbone.eager)
-        self.e2vpt_merged_rows = BufferDict(persistent=False)
+        self.e2vpt_merged_rows: dict[str, Tensor] = {}
+        self._merged_from: dict[str, tuple[Seen, ...]] = {}
         self._num_samples: int | None = None
         self.register_load_state_dict_post_hook(_refresh_gates_after_load)  # type: ignore[no-untyped-call]
         self._handles: list[Any] = []
@@ -106,7 +115,7 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
 
     def _check_that_rows_were_asked_for(self, attention: nn.Module, args: Any, output: Any) -> None:
         """Makes sure that prompts never train without an effect, whatever way a model file takes to its attention."""
-        if not (self._has_given_rows or torch.compiler.is_compiling()):
+        if not (torch.compiler.is_compiling() or self._has_given_rows):
             raise RuntimeError(
                 f"{self.site.name} ({type(attention).__name__}) has not used its prompts: it has computed "
                 "its attention without asking transformers' attention interface. Leave it out with exclude_modules."
@@ -119,11 +128,7 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
             self._num_samples = _batch.num_samples
 
     def _replicate_for_data_parallel(self) -> E2VPTLayer:
-        raise RuntimeError(
-            "E2VPT does not work in torch.nn.DataParallel, whose copies of the model would all use the prompts on the "
-            "first GPU: start one process per GPU with torchrun or accelerate launch, or show the program a single "
-            "GPU with CUDA_VISIBLE_DEVICES=0."
-        )
+        raise RuntimeError(DATA_PARALLEL)
 
     # ------------------------------------------------------------------------------------------------ PEFT's contract
     def get_base_layer(self) -> nn.Module:
@@ -158,7 +163,7 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
         Raises:
             ValueError: a mixed batch has more or fewer adapter names than samples.
         """
-        if not (self._has_given_rows or torch.compiler.is_compiling()):
+        if not (torch.compiler.is_compiling() or self._has_given_rows):
             self._has_given_rows = True
         rows = self._rows_of_adapters(num_sequences, dtype)
         return None if rows is None else as_scored(self.site, rows)
@@ -203,15 +208,16 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
         if adapter_name not in self.e2vpt_config:
             return []
         if not self.training and self.gate_override is None:
-            constants = self.e2vpt_merged_rows._buffers.get(adapter_name)  # looked up once: a thread may unmerge
+            constants = self.e2vpt_merged_rows.get(adapter_name)  # looked up once: a thread may unmerge
             if constants is not None:
-                return [rows_of_constants(self, adapter_name, constants)]
+                return [rows_of_constants(self, adapter_name, self._up_to_date(adapter_name, constants))]
         return rows_of_prompts(self, adapter_name, num_dropped, dtype)
 
     def computed_rows(self, adapter_name: str) -> Tensor:
         """The rows of an adapter without dropout and gradient: keys and values, a tensor (2, 1, H, P, d)."""
         _, dtype = self._get_base_layer_device_and_dtype(self.site.attention)
-        return constant_rows(self, adapter_name, dtype or torch.get_default_dtype())
+        with torch.autocast(self._sources(adapter_name)[0].device.type, enabled=False):
+            return constant_rows(self, adapter_name, dtype or torch.get_default_dtype())
 
     # --------------------------------------------------------------------------------------------- rows as constants
     @property
@@ -240,28 +246,71 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
                         f"NaNs detected in the merged rows of {self.site.name}. The adapter {adapter_name} seems to "
                         "be broken."
                     )
-                self.e2vpt_merged_rows[adapter_name] = rows
+                self._keep(adapter_name, rows)
 
     def unmerge(self) -> None:
         """Computes the rows of all adapters anew in every forward pass, as before `merge`."""
         self.e2vpt_merged_rows.clear()
+        self._merged_from.clear()
 
     def refresh_merged_rows(self) -> None:
         """Computes constants anew; called where prompts, gates or projections are known to have changed."""
         for adapter_name in self.merged_adapters:
-            self.e2vpt_merged_rows[adapter_name] = self.computed_rows(adapter_name)
+            if all(map(has_values, self._sources(adapter_name))):
+                self._keep(adapter_name, self.computed_rows(adapter_name))
+
+    def _keep(self, adapter_name: str, rows: Tensor) -> None:
+        self._merged_from[adapter_name] = tuple(map(Seen.now, self._sources(adapter_name)))
+        self.e2vpt_merged_rows[adapter_name] = rows
+
+    def _sources(self, adapter_name: str) -> list[Tensor]:
+        """The tensors of an adapter that its rows are made of."""
+        # straight from the modules: this runs in every attention of every forward pass
+        modules: dict[str, Any] = self._modules
+        tensors = [
+            modules["e2vpt_visual_prompts"]._parameters.get(adapter_name),
+            modules["e2vpt_token_gates"]._buffers.get(adapter_name),
+            modules["e2vpt_segment_gates"]._buffers.get(adapter_name),
+            self.kv_prompts(adapter_name),
+        ]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def _up_to_date(self, adapter_name: str, rows: Tensor) -> Tensor:
+        """Constant rows (2, 1, H, P, d), computed anew where the prompts or gates are not what they were."""
+        if torch.compiler.is_compiling():
+            return rows
+        sources, seen = self._sources(adapter_name), self._merged_from.get(adapter_name, ())
+        unchanged = len(seen) == len(sources) and all(map(Seen.is_now, seen, sources))
+        if unchanged or not all(map(has_values, sources)):
+            return rows
+        computed = self.computed_rows(adapter_name)
+        if self.e2vpt_merged_rows.get(adapter_name) is rows and not any(map(is_batched, sources)):
+            self._keep(adapter_name, computed)
+        return computed
 
     def set_gates(self, adapter_name: str, token: Tensor, segment: Tensor) -> None:
         super().set_gates(adapter_name, token, segment)
         self.refresh_merged_rows()
 
     def train(self, mode: bool = True) -> E2VPTLayer:
-        """Sets training or eval mode; after training, constants are computed anew."""
+        """Sets training or eval mode; constants are computed anew after training, and where prompts have changed."""
         trained = self.training and not mode
         super().train(mode)
         if trained:
             self.refresh_merged_rows()
+        else:
+            for adapter_name, rows in list(self.e2vpt_merged_rows.items()):
+                self._up_to_date(adapter_name, rows)
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> E2VPTLayer:
+        super()._apply(fn, *args, **kwargs)
+        self.e2vpt_merged_rows = {name: fn(rows) for name, rows in self.e2vpt_merged_rows.items()}
+        self._merged_from = {}  # they are computed anew once the whole model has moved
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_merged_from": {}}
 
     # ---------------------------------------------------------------------------------------------------- former names
     @property

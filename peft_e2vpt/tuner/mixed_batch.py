@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .._compat import device_and_dtype
 from ..attention.rows import MixedBatch
 
 
@@ -108,7 +109,7 @@ def one_adapter_per_sample(model: nn.Module, adapter_names: Sequence[str]) -> It
     """
     names = tuple(dict.fromkeys(adapter_names))
     numbers = {name: number for number, name in enumerate(names)}
-    device = next(model.parameters()).device
+    device, _ = device_and_dtype(model)
     choice = torch.tensor([numbers[name] for name in adapter_names], device=device)
     _mixed_passes.add(1)
     try:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .._compat import ExcludedModule
+from .._compat import ExcludedModule, loaded_from
 from ..backbones.heads import has_input_embeddings
 from ..backbones.sites import find_attention_sites
 from .config import E2VPTConfig
@@ -21,8 +22,18 @@ from .layer import E2VPTLayer
 from .mixed_batch import BASE, SWITCHING, active_adapters_kept, check_adapter_names, one_adapter_per_sample
 from .prompt_layers import CONTAINER, PromptLayers, restore_base_model, tag
 from .shallow import ShallowInsertion
-from .state_dict import TunerOnDisk
-from .targets import cast_heads, check_heads, check_sites, choose_heads, find_targets, matches, own_copy
+from .state_dict import TunerOnDisk, check_file, shapes_of_prompts, values_of_heads
+from .targets import (
+    cast_heads,
+    check_adapter_name,
+    check_gradients,
+    check_heads,
+    check_sites,
+    choose_heads,
+    find_targets,
+    matches,
+    own_copy,
+)
 
 
 if TYPE_CHECKING:
@@ -51,10 +62,17 @@ class E2VPTModel(TunerOnDisk):
                 "The model is a PeftModel already. Add an adapter to it with model.add_adapter(name, config), or "
                 "pass the plain model: model.unload()."
             )
-        super().__init__(model, *args, **kwargs)
+        adapters: dict[str, E2VPTConfig] = getattr(model, "peft_config", {})  # of an earlier PeftModel
+        before = dict(adapters)
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:
+            adapters.clear()
+            adapters.update(before)
+            raise
 
     # ------------------------------------------------------------------------------------------- finding and creating
-    def _pre_injection_hook(self, model: nn.Module, config: E2VPTConfig, adapter_name: str) -> None:
+    def _take_out(self, model: nn.Module, adapter_name: str) -> None:
         """Takes out an adapter of this name that an earlier PeftModel has left in the model."""
         self._remove_insertion(adapter_name)
         for module in model.modules():
@@ -66,8 +84,12 @@ class E2VPTModel(TunerOnDisk):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter with a copy of its config, which says what was found; the user's stays as it is."""
+        check_adapter_name(adapter_name)
         config = own_copy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
+        self._choose(config)
+        self._check_file(config)
+        self._take_out(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         active = adapter_name in self.active_adapters
         wrap(model, self._heads, adapter_name, active, config.inference_mode)
@@ -80,14 +102,33 @@ class E2VPTModel(TunerOnDisk):
         if has_input_embeddings(model):
             super()._check_tied_modules(model, peft_config)
 
-    def _prepare_adapter_config(self, peft_config: E2VPTConfig, model_config: dict[str, Any]) -> E2VPTConfig:
-        # numbers of attentions and paths of modules as they are before anything is changed
+    def _choose(self, config: E2VPTConfig) -> None:
+        """Numbers of attentions and paths of modules, as they are before anything is changed."""
         sites = {site.name: site for site in find_attention_sites(self.model)}
         self._sites = {name: (index, site) for index, (name, site) in enumerate(sites.items())}
-        self._targets = find_targets(self.model, peft_config, sites)
-        check_sites(self.model, peft_config, [sites[name] for name in self._targets])
-        self._heads = choose_heads(self.model, list(sites.values()), peft_config.modules_to_save)
+        self._targets = find_targets(self.model, config, sites)
+        check_sites(self.model, config, [sites[name] for name in self._targets])
+        self._heads = choose_heads(self.model, list(sites.values()), config.modules_to_save)
         check_heads(self.model, self._heads, self._targets)
+        if not config.inference_mode:
+            check_gradients(self.model)
+
+    def _check_file(self, config: E2VPTConfig) -> None:
+        """Checks the file of an adapter that is being loaded, while the model is still as it was."""
+        origin = loaded_from()
+        if origin is None or config.companion is None:
+            return
+        check_file(
+            config.companion.tensors(origin),
+            self.model,
+            config,
+            shapes_of_prompts(config, [self._sites[name] for name in self._targets]),
+            values_of_heads(self.model, self._heads),
+            len(self.peft_config) > 1 and not origin.by_transformers,
+            origin.by_transformers,
+        )
+
+    def _prepare_adapter_config(self, peft_config: E2VPTConfig, model_config: dict[str, Any]) -> E2VPTConfig:
         peft_config.modules_to_save = None  # PEFT would match the endings of paths: `inject_adapter` wraps them
         if peft_config.companion is not None:
             peft_config.companion.bind(peft_config, self.model)
@@ -204,6 +245,13 @@ class E2VPTModel(TunerOnDisk):
         if mode:
             for config in self.peft_config.values():
                 config.waits_for_values = False
+            if not any(parameter.requires_grad for parameter in self.model.parameters()):
+                warnings.warn(
+                    f"The model is in training mode, but the adapter {self.active_adapters[0]!r} is frozen, so there "
+                    "is nothing to train: load it with is_trainable=True, as in peft_e2vpt.load(..., "
+                    "is_trainable=True) or PeftModel.from_pretrained(..., is_trainable=True).",
+                    stacklevel=2,
+                )
         super().train(mode)
         return self
 
@@ -233,10 +281,12 @@ class E2VPTModel(TunerOnDisk):
         No gradient reaches the prompts in eval mode. Constants are not saved. `unmerge_adapter` undoes it, and so
         does, with PEFT's warning, adding or activating an adapter.
 
-        Constants are computed anew when training mode ends, a state dict or adapter is loaded, gates are set
-        (`prune`, `apply_gates`), and prompts are rewound. Nothing else is noticed: call `unmerge_adapter` and
-        `merge_adapter` after writing in eval mode into prompts, or into the norms and projections that they come
-        through, and after switching a LoRA on these projections on or off. A change of dtype casts constants.
+        Constants follow the prompts and gates of the adapter, whoever writes them: an optimizer, a pruning, a state
+        dict, an average of models. They are computed anew in the next forward pass, and for one that is compiled or
+        exported by the next `train()` or `eval()`. What torch does not count, as what is written through `.data`, is
+        noticed where training mode ends. A copy of the model computes its own. Nothing else is noticed: call
+        `unmerge_adapter` and `merge_adapter` after writing in eval mode into the norms and projections that prompts
+        come through, and after switching a LoRA on these projections on or off.
 
         Args:
             adapter_names: adapters in deep mode; by default the active ones.

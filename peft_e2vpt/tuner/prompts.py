@@ -4,17 +4,29 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._compat import BufferDict
+from .._compat import has_values
 from ..attention.rows import Rows, side_by_side
 from ..backbones.sites import AttentionSite
 from ..distributed import assign, whole
 from .config import E2VPTConfig
-from .gates import GateOverride, StoredGates, check_gates, effect_of, expand_segments, kept_values
+from .gates import (
+    GateEffect,
+    GateOverride,
+    StoredGates,
+    as_switches,
+    check_gates,
+    effect_of,
+    expand_segments,
+    kept_values,
+)
 
 
 def _draw(
@@ -32,9 +44,10 @@ class Prompts(nn.Module):
     """The prompts of one self-attention, per adapter, and what their gates leave of them.
 
     Tensors per adapter: `e2vpt_visual_prompts` (M, D), `e2vpt_kv_prompts` (1 or 2, H, n, d), and, as persistent
-    buffers, `e2vpt_token_gates` (M,) and `e2vpt_segment_gates` (M, R). What the gates do in a forward pass is worked
-    out when they change: `e2vpt_kept_tokens` (M',) where prompts are removed, and `e2vpt_value_gates` (M', D) where
-    values of those that stay are not just multiplied by 1.
+    buffers, `e2vpt_token_gates` (M,) and `e2vpt_segment_gates` (M, R). What the gates do in a forward pass follows
+    them, whoever writes them: it is no buffer, and worked out anew where a forward pass, `train()` or `eval()`, a
+    copy, a move or a loaded state dict finds other gates. A forward pass that is compiled or exported takes what was
+    worked out last; on a GPU, what is written through `.data` counts from the next `train()` or `eval()` on.
 
     Args:
         site: the self-attention and the block around it.
@@ -52,8 +65,7 @@ class Prompts(nn.Module):
         self.e2vpt_kv_prompts = nn.ParameterDict()
         self.e2vpt_token_gates = StoredGates()
         self.e2vpt_segment_gates = StoredGates()
-        self.e2vpt_kept_tokens = BufferDict(persistent=False)
-        self.e2vpt_value_gates = BufferDict(persistent=False)
+        self.e2vpt_gate_effects: dict[str, GateEffect] = {}
         self.e2vpt_kv_source: dict[str, tuple[Prompts]] = {}  # in a tuple, the other layer is no child
         self.e2vpt_config: dict[str, E2VPTConfig] = {}
         self.gate_override: GateOverride | None = None
@@ -76,12 +88,12 @@ class Prompts(nn.Module):
             self.e2vpt_visual_prompts[adapter_name] = nn.Parameter(torch.zeros(count, self.site.width))
             self.e2vpt_token_gates[adapter_name] = torch.ones(count)
             self.e2vpt_segment_gates[adapter_name] = torch.ones(count, segments)
+            self.e2vpt_gate_effects[adapter_name] = GateEffect()
         if kv_source is not None:
             self.e2vpt_kv_source[adapter_name] = (kv_source,)
         elif config.num_kv_prompts:
             self.e2vpt_kv_prompts[adapter_name] = nn.Parameter(torch.zeros(self._kv_shape(config)))
-        if config.init_weights:
-            self.draw_prompts(adapter_name, config.seed)
+        self.draw_prompts(adapter_name, config.seed)
 
     def _kv_shape(self, config: E2VPTConfig) -> tuple[int, ...]:
         site, copies = self.site, 1 if config.share_kv_prompts else 2
@@ -119,25 +131,26 @@ class Prompts(nn.Module):
             Prompts (1 or B, M', D) without those removed, and the logarithm of their gates (B, M') where token gates
             are being measured on the attention weight, else `None`.
         """
-        config, bias = self.e2vpt_config[adapter_name], None
-        prompts = self.e2vpt_visual_prompts[adapter_name][None]
-        if self.gate_override is not None:
-            prompts, bias = self._gated(prompts, self.gate_override, adapter_name)
-        if adapter_name in self.e2vpt_kept_tokens:
-            kept = self.e2vpt_kept_tokens[adapter_name]
+        config, override = self.e2vpt_config[adapter_name], self.gate_override
+        prompts, effect = self.e2vpt_visual_prompts[adapter_name][None], self.gate_effect(adapter_name)
+        bias = effect.bias
+        if override is not None:
+            prompts, bias = self._gated(prompts, override, adapter_name)
+        kept = effect.kept if override is None or override.kept is None else override.kept
+        if kept is not None:
             prompts = prompts.index_select(1, kept)
             bias = None if bias is None else bias.index_select(1, kept)
-        if self.gate_override is None and adapter_name in self.e2vpt_value_gates:
-            prompts = prompts * self.e2vpt_value_gates[adapter_name].to(prompts.dtype)
+        if override is None and effect.values is not None:
+            prompts = prompts * effect.values.to(prompts.dtype)
         if self.training and num_samples is not None and config.visual_prompt_dropout:
             prompts = F.dropout(prompts.expand(num_samples, -1, -1), config.visual_prompt_dropout)
         return prompts, bias
 
     def _gated(self, prompts: Tensor, override: GateOverride, adapter_name: str) -> tuple[Tensor, Tensor | None]:
         """Prompts of every sample (B, M, D) under gates that are measured, and the logarithm of those on attention."""
-        config, token, bias = self.e2vpt_config[adapter_name], self.e2vpt_token_gates[adapter_name], None
+        config, (token, _), bias = self.e2vpt_config[adapter_name], self.gates(adapter_name), None
         segment = expand_segments(override.segment, prompts.shape[-1], config.segment_layout)
-        prompts = prompts * segment.to(prompts.dtype)
+        prompts = prompts * self.kept(adapter_name) * segment.to(prompts.dtype)  # optimizers may move pruned values
         if override.on == "attention":
             bias = override.token.log()
         else:
@@ -159,10 +172,14 @@ class Prompts(nn.Module):
 
     def num_visual_rows(self, adapter_name: str) -> int:
         """How many rows the visual prompts of an adapter give to this attention, without those removed."""
-        if not self.has_visual_rows(adapter_name):
-            return 0
-        kept = self.e2vpt_kept_tokens
-        return len((kept if adapter_name in kept else self.e2vpt_visual_prompts)[adapter_name])
+        return self.num_kept_prompts(adapter_name) if self.has_visual_rows(adapter_name) else 0
+
+    def num_kept_prompts(self, adapter_name: str) -> int:
+        """How many visual prompts of an adapter take part in a forward pass, all but those removed."""
+        override, kept = self.gate_override, self.gate_effect(adapter_name).kept
+        if override is not None and override.kept is not None:
+            kept = override.kept
+        return self.e2vpt_config[adapter_name].num_visual_prompts if kept is None else len(kept)
 
     def num_kv_rows(self, adapter_name: str) -> int:
         """How many rows the key-value prompts of an adapter give to this attention."""
@@ -194,10 +211,17 @@ class Prompts(nn.Module):
         self.clear_pruned_values(adapter_name)
         self.refresh_gates()
 
+    def gates(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """The gates (M,) and (M, R) of an adapter's visual prompts, those of an average of models as 0 and 1."""
+        pruned_prompts = self.e2vpt_config[adapter_name].pruned_prompts
+        token, segment = self.e2vpt_token_gates[adapter_name], self.e2vpt_segment_gates[adapter_name]
+        return as_switches(token, pruned_prompts), as_switches(segment, pruned_prompts)
+
     def kept(self, adapter_name: str) -> Tensor:
         """Which values of the visual prompts of an adapter take part: a boolean tensor (M, D)."""
+        config = self.e2vpt_config[adapter_name]
         token, segment = self.e2vpt_token_gates[adapter_name], self.e2vpt_segment_gates[adapter_name]
-        return kept_values(token, segment, self.site.width, self.e2vpt_config[adapter_name].segment_layout)
+        return kept_values(token, segment, self.site.width, config.segment_layout, config.pruned_prompts)
 
     @torch.no_grad()
     def clear_pruned_values(self, adapter_name: str) -> None:
@@ -207,20 +231,63 @@ class Prompts(nn.Module):
         prompts = self.e2vpt_visual_prompts[adapter_name]
         assign(prompts, whole(prompts) * self.kept(adapter_name))
 
+    def gate_effect(self, adapter_name: str) -> GateEffect:
+        """What the gates of an adapter do in a forward pass, worked out anew where they are not what they were."""
+        effect = self.e2vpt_gate_effects[adapter_name]
+        if torch.compiler.is_compiling():  # no shape in a graph may depend on values
+            return effect
+        # straight from the modules: this runs in every attention of every forward pass
+        modules: dict[str, Any] = self._modules
+        token: Tensor = modules["e2vpt_token_gates"]._buffers[adapter_name]
+        segment: Tensor = modules["e2vpt_segment_gates"]._buffers[adapter_name]
+        if effect.is_of(token, segment) or not (has_values(token) and has_values(segment)):
+            return effect
+        found = self._work_out(adapter_name)
+        if found.seen and found.has_other_fractions_than(effect):
+            warnings.warn(
+                f"The visual prompts of {self.site.name} have gates between 0 and 1, as an average of models has that "
+                "were pruned differently. With pruned_prompts='zero' gates are factors, so pruned prompts take part "
+                "again. To prune the average too: apply_gates(average, gates) with the gates of the pruned model.",
+                stacklevel=2,
+            )
+        return found
+
     def refresh_gates(self) -> None:
-        """Works out which prompts the gates keep, and what they multiply them with; called whenever gates change."""
+        """Works out what the gates of all adapters do, whether or not they are known to have changed."""
         for adapter_name, token in self.e2vpt_token_gates.items():
-            for stored in (self.e2vpt_kept_tokens, self.e2vpt_value_gates):
-                if adapter_name in stored:
-                    del stored[adapter_name]
-            if token.is_meta:
-                continue
-            config, segment = self.e2vpt_config[adapter_name], self.e2vpt_segment_gates[adapter_name]
-            kept, values = effect_of(token, segment, self.site.width, config.segment_layout, config.pruned_prompts)
-            if kept is not None:
-                self.e2vpt_kept_tokens[adapter_name] = kept
-            if values is not None:
-                self.e2vpt_value_gates[adapter_name] = values
+            if has_values(token):
+                self._work_out(adapter_name)
+
+    def _work_out(self, adapter_name: str) -> GateEffect:
+        config = self.e2vpt_config[adapter_name]
+        token, segment = self.e2vpt_token_gates[adapter_name], self.e2vpt_segment_gates[adapter_name]
+        effect = effect_of(token, segment, self.site.width, config.segment_layout, config.pruned_prompts)
+        if effect.seen:
+            self.e2vpt_gate_effects[adapter_name] = effect
+        elif config.visual_prompt_mode == "shallow" and config.pruned_prompts == "remove":
+            raise ValueError(
+                "torch.func.vmap over models needs visual_prompt_mode='deep': prompts that one model has pruned "
+                "cannot leave the sequence of that model alone."
+            )
+        return effect
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Prompts:
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        for adapter_name, effect in self.e2vpt_gate_effects.items():
+            if not has_values(self.e2vpt_token_gates[adapter_name]):
+                self.e2vpt_gate_effects[adapter_name] = effect.moved(fn)
+        self.refresh_gates()
+        return self
+
+    def train(self, mode: bool = True) -> Prompts:
+        """Sets training or eval mode, and looks at the gates anew."""
+        super().train(mode)
+        self.refresh_gates()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.refresh_gates()  # a copy that is exported right away takes what is worked out here
+        return self.__dict__.copy()
 
 
 def rows_of_prompts(prompts: Prompts, adapter_name: str, num_samples: int | None, dtype: torch.dtype) -> list[Rows]:
@@ -238,13 +305,32 @@ def rows_of_prompts(prompts: Prompts, adapter_name: str, num_samples: int | None
     parts = []
     if prompts.has_visual_rows(adapter_name):
         visual_prompts, bias = prompts.visual_prompts(adapter_name, num_samples)
-        parts.append(Rows(*prompts.site.project(visual_prompts, dtype), score_bias=bias))
+        key, value = _projected(prompts, visual_prompts, dtype)
+        parts.append(Rows(key, value, score_bias=bias))
     kv_prompts = prompts.kv_prompts(adapter_name)
     if kv_prompts is not None:
         kv_prompts = kv_prompts.to(dtype)
         key, value = kv_prompts.split(1) if len(kv_prompts) == 2 else (kv_prompts, kv_prompts)
         parts.append(_in_heads(prompts, key, value, adapter_name))
     return parts
+
+
+def _projected(prompts: Prompts, visual_prompts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Key and value rows (1 or B, H, M', d) of visual prompts (1 or B, M', D)."""
+    site = prompts.site
+    if not prompts.training and not visual_prompts.shape[1]:  # quantised layers cannot scale nothing
+        shape = len(visual_prompts), site.num_key_value_heads, 0
+        nothing = visual_prompts.to(dtype)
+        return nothing.new_zeros(*shape, site.key_dim), nothing.new_zeros(*shape, site.value_dim)
+    key, value = site.project(visual_prompts, dtype)
+    measured = prompts.training or prompts.gate_override is not None
+    if measured and torch.is_grad_enabled() and visual_prompts.requires_grad and not site.lets_gradients_through(key):
+        raise RuntimeError(
+            f"Prompts cannot train: no gradient passes through the projections of {site.name}, whose arithmetic is "
+            "quantised. Train before the model is quantised, or, where 4-bit weights of bitsandbytes are on a CPU, "
+            "before it first runs in eval mode; to serve, call model.eval()."
+        )
+    return key, value
 
 
 @torch.no_grad()

@@ -88,8 +88,7 @@ class ShallowInsertion:
 
     def count(self) -> int:
         """How many tokens are inserted: the prompts that have not been removed."""
-        name, kept = self.adapter_name, self.layer.e2vpt_kept_tokens
-        return len(kept[name]) if name in kept else self.layer.e2vpt_config[name].num_visual_prompts
+        return self.layer.num_kept_prompts(self.adapter_name)
 
     def _widen_mask(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Adds the prompts to an attention mask that was made for the tokens alone: every token sees them."""

@@ -3,17 +3,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
 from torch import Size, Tensor, nn
 
+from .._compat import is_quantised, with_packed_layers
+from ..backbones.sites import AttentionSite
 from .config import E2VPTConfig
-from .gates import kept_values
+from .gates import BY_TRANSFORMERS, as_switches, kept_values
 from .heads import ClassesOfAdapters, can_resize, named, resize, wrappers
 from .prompt_layers import CONTAINER, adapted_model, prompt_layers
+
+
+PREFIX = "base_model.model."  # of all names in a file
+
+
+def _check_that_heads_can_be_saved(model: nn.Module, adapter_name: str) -> None:
+    for path, wrapper in wrappers(adapted_model(model)):
+        if adapter_name in wrapper.modules_to_save and is_quantised(wrapper.modules_to_save[adapter_name]):
+            raise ValueError(
+                f"The head {path!r} of the adapter {adapter_name!r} is quantised, so it cannot be saved: save the "
+                "adapter before the model is quantised, or quantise a copy of it."
+            )
 
 
 class TunerOnDisk(BaseTuner):
@@ -34,6 +52,7 @@ class TunerOnDisk(BaseTuner):
 
         PEFT asks for them right before it saves `config`, which then tells of the model that it belongs to.
         """
+        _check_that_heads_can_be_saved(model, adapter_name)
         config.belongs_to(model, adapter_name)
         tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
@@ -66,17 +85,24 @@ class TunerOnDisk(BaseTuner):
         config.waits_for_values = False
         if isinstance(tuner, TunerOnDisk):
             tuner._show_classes()
-        return fitting
+        return with_packed_layers(model, fitting)
 
 
 def without_pruned_values(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """Turns every pruned tensor of visual prompts (M, D) into its kept values, a tensor (values,)."""
+    """Turns every pruned tensor of visual prompts (M, D) into its kept values, a tensor (values,).
+
+    Those that FSDP2 shards (`DTensor`) keep their shape: a sharded checkpoint is read into tensors of the same shape.
+    Gates are written as 0 and 1 also where those of an average of models lie between.
+    """
     layers = {str(layer.index): layer for layer in prompt_layers(model)}
     for key, tensor in tensors.items():
-        if f".e2vpt_visual_prompts.{adapter_name}" in key:
+        if f".e2vpt_visual_prompts.{adapter_name}" in key and not hasattr(tensor, "device_mesh"):
             kept = layers[key.split(".")[-3]].kept(adapter_name)
             if not kept.all():
                 tensors[key] = tensor[kept.to(tensor.device)]
+        elif "_gates." in key and ".e2vpt_" in key:
+            config = layers[key.split(".")[-3]].e2vpt_config[adapter_name]
+            tensors[key] = as_switches(tensor, config.pruned_prompts)
     return tensors
 
 
@@ -97,22 +123,24 @@ def fit_to_model(
     Raises:
         ValueError: a tensor is missing, unknown or of another shape; the message names it.
     """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"The adapter's {name} is of type {type(tensor).__name__}, and a tensor is needed.")
     values = model.state_dict()
     _refuse_other_heads(tensors, config.modules_to_save or [])
     gained = _fit_heads(model, tensors, config, adapter_name)
     live = {name: tensor for name, tensor in values.items() if ".e2vpt_" in name and name.endswith(f".{adapter_name}")}
     given = {name: tensor for name, tensor in tensors.items() if ".e2vpt_" in name}
-    missing, unknown = sorted(live.keys() - given.keys()), sorted(given.keys() - live.keys())
-    if missing or unknown:
-        _refuse_names(missing, unknown, adapter_name)
+    _check_names(given, live, adapter_name)
     for name, tensor in given.items():
-        if name.endswith(f".e2vpt_visual_prompts.{adapter_name}") and tensor.dim() == 1:
-            tensors[name] = _spread(name, tensor, live[name], given, config, adapter_name)
-        elif tensor.shape != live[name].shape:
-            raise ValueError(
-                f"The adapter's tensor {name} has shape {tuple(tensor.shape)}, but the model needs "
-                f"{tuple(live[name].shape)}: was it trained on another backbone or with another E2VPTConfig?"
-            )
+        _check_shape(name, tensor.shape, live[name].shape, f".{adapter_name}")
+        _check_floating(name, tensor.is_floating_point() or _is_gate(name))
+        if _is_gate(name):
+            _check_gate_values(name, tensor, config)
+    for name, tensor in given.items():
+        if tensor.shape != live[name].shape:
+            tensors[name] = _spread(name, tensor, live[name], given, config)
+    _warn_of_infinite({name: tensor for name, tensor in tensors.items() if name in values})
     _note_classes(model, config, adapter_name, gained)
     return tensors
 
@@ -178,7 +206,12 @@ def _fit_heads(model: nn.Module, tensors: dict[str, Tensor], config: E2VPTConfig
         head = wrapper.modules_to_save[adapter_name]
         values = head.state_dict()
         different = [name for name, tensor in own.items() if tensor.shape != values[name].shape]
-        only_classes = all(own[name].shape[1:] == values[name].shape[1:] for name in different)
+        only_classes = all(own[name].shape[1:] == values[name].shape[1:] for name in different) and all(
+            len(own[other]) == len(own[name])  # weight and bias of a layer
+            for name in different
+            for other in own
+            if other.rpartition(".")[0] == name.rpartition(".")[0]
+        )
         if different and not (several and only_classes and can_resize(head, different)):
             name = different[0]
             raise ValueError(_head_mismatch(model, f"{path}.{name}", own[name].shape, values[name].shape, config))
@@ -201,8 +234,15 @@ def _note_classes(model: nn.Module, config: E2VPTConfig, adapter_name: str, gain
         classes.add(base, adapter_name, named(labels, kind))
 
 
-def _refuse_names(missing: list[str], unknown: list[str], adapter_name: str) -> None:
-    suffix = f".{adapter_name}"
+def _is_gate(name: str) -> bool:
+    return ".e2vpt_token_gates" in name or ".e2vpt_segment_gates" in name
+
+
+def _check_names(found: Iterable[str], needed: Iterable[str], adapter_name: str = "") -> None:
+    missing, unknown = sorted(set(needed) - set(found)), sorted(set(found) - set(needed))
+    if not missing and not unknown:
+        return
+    suffix = f".{adapter_name}" if adapter_name else ""
     lines = [f"missing {name.removesuffix(suffix)}" for name in missing]
     for name in unknown:
         close = get_close_matches(name, [m.removesuffix(suffix) for m in missing], n=1)
@@ -214,22 +254,146 @@ def _refuse_names(missing: list[str], unknown: list[str], adapter_name: str) -> 
     )
 
 
-def _spread(
-    name: str,
-    values: Tensor,
-    live: Tensor,
-    given: dict[str, Tensor],
-    config: E2VPTConfig,
-    adapter_name: str,
-) -> Tensor:
-    token = given[name.replace("visual_prompts", "token_gates")]
-    segment = given[name.replace("visual_prompts", "segment_gates")]
-    kept = kept_values(token, segment, live.shape[-1], config.segment_layout)
-    if kept.shape != live.shape or int(kept.sum()) != values.numel():
+def _check_shape(name: str, found: Size, needed: Size, suffix: str = "") -> None:
+    """Checks the shape of a tensor of prompts; pruned visual prompts are the values (values,) that are left."""
+    if name.endswith(f".e2vpt_visual_prompts{suffix}") and len(found) == 1:
+        return
+    if found != needed:
         raise ValueError(
-            f"The adapter's tensor {name} holds {values.numel()} values, but its gates keep {int(kept.sum())}: "
-            "the file is damaged."
+            f"The adapter's tensor {name} has shape {tuple(found)}, but the model needs {tuple(needed)}: was it "
+            "trained on another backbone or with another E2VPTConfig?"
         )
+
+
+def _check_floating(name: str, is_floating: bool) -> None:
+    if not is_floating:
+        raise ValueError(f"The adapter's tensor {name} holds no floating-point numbers: the file is damaged.")
+
+
+def _check_gate_values(name: str, gates: Tensor, config: E2VPTConfig) -> None:
+    """Checks stored gates: 0 or 1 where pruned prompts are removed, else any number (released code trains them)."""
+    fine = (gates == 0) | (gates == 1) if config.pruned_prompts == "remove" else gates.float().isfinite()
+    if not fine.all():
+        what = "0 and 1" if config.pruned_prompts == "remove" else "finite numbers"
+        raise ValueError(
+            f"The adapter's tensor {name} holds {gates[~fine].flatten()[0].item()}, and gates are {what}: the file is "
+            "damaged."
+        )
+
+
+def _warn_of_infinite(tensors: Mapping[str, Tensor]) -> None:
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _all_finite(tensor)]
+    if bad:
+        warnings.warn(
+            f"The adapter's tensor {bad[0]} holds infinite values or NaNs, so the model's answers will be of no use: "
+            "take a checkpoint from before its training went wrong.",
+            stacklevel=2,
+        )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or bool(tensor.float().isfinite().all())
+
+
+def shapes_of_prompts(config: E2VPTConfig, sites: Sequence[tuple[int, AttentionSite]]) -> dict[str, Size]:
+    """The tensors of an adapter's prompts and gates, by their names in its file, before there are any.
+
+    Args:
+        config: configuration of the adapter.
+        sites: the adapted self-attentions by number, in the order of the layers.
+    """
+    shapes: dict[str, Size] = {}
+    count, segments = config.num_visual_prompts, config.num_segments
+    copies = 1 if config.share_kv_prompts else 2
+    for index, site in sites:
+        prefix, is_first = f"{PREFIX}{CONTAINER}.{index}.e2vpt_", index == sites[0][0]
+        if count and (is_first or config.visual_prompt_mode == "deep"):
+            shapes[f"{prefix}visual_prompts"] = Size((count, site.width))
+            shapes[f"{prefix}token_gates"] = Size((count,))
+            shapes[f"{prefix}segment_gates"] = Size((count, segments))
+        if config.num_kv_prompts and (is_first or not config.share_kv_prompts_across_layers):
+            heads, width = site.num_key_value_heads, site.head_dim
+            shapes[f"{prefix}kv_prompts"] = Size((copies, heads, config.num_kv_prompts, width))
+    return shapes
+
+
+def values_of_heads(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters and buffers of modules that an adapter trains in full, by their names in its file."""
+    values: dict[str, Tensor] = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        values |= {f"{PREFIX}{path}.{name}": value for name, value in original.state_dict().items()}
+    return values
+
+
+def check_file(
+    path: Path,
+    model: nn.Module,
+    config: E2VPTConfig,
+    prompts: dict[str, Size],
+    heads: dict[str, Tensor],
+    any_classes: bool,
+    by_transformers: bool,
+) -> None:
+    """Checks the tensors of a file before an adapter is made for them: of all but gates the header alone is read.
+
+    Args:
+        path: the file.
+        model: the model that is about to be adapted.
+        config: configuration of the adapter.
+        prompts: the shapes that prompts and gates need, as `shapes_of_prompts` gives them.
+        heads: the parameters and buffers of the modules that the adapter trains in full, as the model has them.
+        any_classes: whether they may have another number of classes in the file.
+        by_transformers: whether transformers itself loads the file, which cannot load pruned prompts.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, or of another shape or type; the message names it.
+    """
+    with safe_open(path, framework="pt") as file:
+        stored = {PREFIX + name.removeprefix(PREFIX): file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        shapes = {name: Size(part.get_shape()) for name, part in stored.items()}
+        found = {name: shape for name, shape in shapes.items() if ".e2vpt_" in name}
+        _check_names({**found, **{name: shapes[name] for name in heads if name in shapes}}, {**prompts, **heads})
+        for name, tensor in heads.items():
+            shape = shapes[name]
+            if shape != tensor.shape and not (any_classes and shape and shape[1:] == tensor.shape[1:]):
+                raise ValueError(_head_mismatch(model, name, shape, tensor.shape, config))
+        for name in found:
+            _check_shape(name, shapes[name], prompts[name])
+        for name in (*found, *heads):
+            needs_floats = name not in heads or heads[name].is_floating_point()
+            is_floating = stored[name].get_dtype().startswith(("F", "BF"))
+            _check_floating(name, is_floating or not needs_floats or _is_gate(name))
+        gates = {name: stored[name][:] for name in found if _is_gate(name)}
+        for name, values in gates.items():
+            _check_gate_values(name, values, config)
+            if by_transformers and (values != 1).any():
+                raise ValueError(BY_TRANSFORMERS)
+        for name, shape in found.items():
+            if shape != prompts[name]:
+                _kept(name, shape.numel(), prompts[name], gates, config)
+
+
+def _spread(name: str, values: Tensor, live: Tensor, given: Mapping[str, Tensor], config: E2VPTConfig) -> Tensor:
+    kept = _kept(name, values.numel(), live.shape, given, config)
     prompts = torch.zeros(live.shape, dtype=values.dtype, device=values.device)
     prompts[kept.to(values.device)] = values
     return prompts
+
+
+def _kept(name: str, found: int, needed: Size, gates: Mapping[str, Tensor], config: E2VPTConfig) -> Tensor:
+    """Which values of pruned visual prompts (M, D) are in the file.
+
+    Raises:
+        ValueError: the file holds another number of them.
+    """
+    token = gates[name.replace("visual_prompts", "token_gates")]
+    segment = gates[name.replace("visual_prompts", "segment_gates")]
+    kept = kept_values(token, segment, needed[-1], config.segment_layout, config.pruned_prompts)
+    if kept.shape != needed or int(kept.sum()) != found:
+        raise ValueError(
+            f"The adapter's tensor {name} holds {found} values, but its gates keep {int(kept.sum())}: the file is "
+            "damaged."
+        )
+    return kept

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from .._compat import packed_weights
 from ..distributed import numel
 from .prompt_layers import PromptLayers, prompt_layers
 
@@ -94,9 +95,9 @@ def summarise(model: nn.Module, adapter_name: str) -> PromptSummary:
             continue
         tokens = segments = values = 0
         if adapter_name in layer.e2vpt_visual_prompts:
-            gates = layer.e2vpt_token_gates[adapter_name]
-            tokens = int((gates != 0).sum())
-            segments = int(((layer.e2vpt_segment_gates[adapter_name] * gates[:, None]) != 0).sum())
+            token, segment = layer.gates(adapter_name)
+            tokens = int((token != 0).sum())
+            segments = int(((segment * token[:, None]) != 0).sum())
             values = int(layer.kept(adapter_name).sum())
         if adapter_name in layer.e2vpt_kv_prompts:
             values += numel(layer.e2vpt_kv_prompts[adapter_name])
@@ -106,12 +107,18 @@ def summarise(model: nn.Module, adapter_name: str) -> PromptSummary:
             )
         )
     num_head = 0
+    num_packed = sum(tensor.numel() for tensor in packed_weights(model))
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             seen.update(id(parameter) for parameter in module.parameters())
             if adapter_name in module.modules_to_save:
-                num_head += sum(map(numel, module.modules_to_save[adapter_name].parameters()))
+                num_head += _num_values(module.modules_to_save[adapter_name])
+            num_packed -= sum(tensor.numel() for tensor in packed_weights(module))
         elif isinstance(module, PromptLayers):
             seen.update(id(parameter) for parameter in module.parameters())
-    num_backbone = sum(numel(parameter) for parameter in model.parameters() if id(parameter) not in seen)
+    num_backbone = num_packed + sum(numel(p) for p in model.parameters() if id(p) not in seen)
     return PromptSummary(layers, sum(layer.num_values for layer in layers), num_head, num_backbone)
+
+
+def _num_values(module: nn.Module) -> int:
+    return sum(map(numel, module.parameters())) + sum(tensor.numel() for tensor in packed_weights(module))

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat import device_and_dtype, is_quantised, stops_gradients
 from ..backbones.heads import find_heads, other_parts
 from ..backbones.module_names import Modules, lies_in
 from ..backbones.sites import AttentionSite
 from .config import E2VPTConfig
 from .heads import wrappers
+from .mixed_batch import BASE
 
 
 HEADS_OF_TEXT_MODELS = {  # names that PEFT adds to `modules_to_save` for a task type
@@ -113,12 +115,32 @@ def _check_shallow(model: str, sites: list[AttentionSite]) -> None:
             )
 
 
+def check_adapter_name(name: str) -> None:
+    """Checks the name of a new adapter, which becomes part of module paths and the name of a folder.
+
+    Raises:
+        ValueError: it would lead out of the folder that the adapter is saved in, or hide a method of a module.
+    """
+    if not isinstance(name, str) or not name or re.search(r"[./\\\0]", name):
+        raise ValueError(f"An adapter's name is also that of its folder, without . / and \\, got {name!r}.")
+    if name == BASE or any(hasattr(kind, name) for kind in (nn.ModuleDict, nn.ParameterDict)):
+        raise ValueError(f"{name!r} cannot be the name of an adapter: torch or PEFT give it a meaning of their own.")
+
+
 def own_copy(config: E2VPTConfig) -> E2VPTConfig:
-    """A copy of a user's config for one model, in which heads are noted; what PEFT added to the user's goes."""
+    """A copy of a user's config for one model, in which heads are noted; what PEFT wrote into the user's goes.
+
+    Raises:
+        ValueError: the config has been changed to something impossible.
+    """
+    own = copy.deepcopy(config)
+    own.base_model_given = own.base_model_name_or_path
+    config.base_model_name_or_path = config.base_model_given
     names, added = config.modules_to_save, HEADS_OF_TEXT_MODELS.get(config.task_type or "", [])
     if names is not None and added and names[-len(added) :] == added:
-        config.modules_to_save = names[: -len(added)] or None
-    return copy.deepcopy(config)
+        own.modules_to_save = config.modules_to_save = names[: -len(added)] or None
+    own.check()
+    return own
 
 
 def choose_heads(model: nn.Module, sites: list[AttentionSite], names: list[str] | None) -> list[str]:
@@ -179,16 +201,34 @@ def check_heads(model: nn.Module, paths: list[str], targets: list[str]) -> None:
                 f"modules_to_save names {path!r}, which holds the adapted self-attention {adapted[0]}: a module "
                 "is either trained in full or adapted. Leave the attention out with exclude_modules."
             )
-        if any(not parameter.is_floating_point() for parameter in modules.parameters(path)):
+        if is_quantised(modules[path]):
             raise ValueError(
-                f"The weights of {path!r} are quantised, so it cannot be trained in full. Leave it out when the model "
-                f"is loaded: BitsAndBytesConfig(..., llm_int8_skip_modules=[{path!r}])."
+                f"The weights of {path!r} are quantised, so an adapter cannot have a copy of it that trains. Leave it "
+                f"out when the model is quantised: BitsAndBytesConfig(..., llm_int8_skip_modules=[{path!r}]), "
+                f"TorchAoConfig(..., modules_to_not_convert=[{path!r}]), QuantoConfig likewise. To serve, quantise "
+                "the model after the adapter has been loaded."
+            )
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Checks that gradients pass through a model.
+
+    Raises:
+        ValueError: a layer is quantised in such a way that none does.
+    """
+    for path, module in model.named_modules():
+        if stops_gradients(module):
+            raise ValueError(
+                f"Prompts can neither train nor be scored on this model: no gradient passes through "
+                f"{path} ({type(module).__name__}), whose arithmetic is quantised. Train them on the plain model or "
+                "on one whose weights alone are quantised (bitsandbytes in 8 bit, torchao's Int8WeightOnlyConfig), "
+                "and quantise afterwards."
             )
 
 
 def _cast_to_weight(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Feeds a float32 head on a half-precision backbone with float32."""
-    dtype = next(head.parameters()).dtype
+    _, dtype = device_and_dtype(head)
     return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 

@@ -9,6 +9,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .._compat import is_quantised
 from .config import E2VPTConfig
 from .heads import resize
 from .prompt_layers import prompt_layers
@@ -24,6 +25,8 @@ def _heads(model: nn.Module, adapter_names: list[str]) -> list[ModulesToSaveWrap
     for path, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             owners = [name for name in adapter_names if name in module.modules_to_save]
+            if any(is_quantised(module.modules_to_save[name]) for name in owners):
+                raise ValueError(f"The head {path} is quantised: combine adapters before the model is quantised.")
             states = [module.modules_to_save[name].state_dict() for name in owners]
             shapes = {tuple((key, value.shape) for key, value in state.items()) for state in states}
             if owners and (owners != adapter_names or len(shapes) > 1):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -51,17 +52,59 @@ def test_a_backbone_without_a_head_trains_prompts_alone(name: str) -> None:
     assert model.peft_config["default"].modules_to_save == []
 
 
+def one_of_each_kind_or_slow(names: Iterable[str], always: Iterable[str] = ONE_OF_EACH_KIND) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in always else [*marks_of(name), pytest.mark.slow]) for name in names]
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ONE_OF_EACH_KIND else [*marks_of(name), pytest.mark.slow])
-        for name in NAMES
-        if checks.applies(checks.compiled_equals_uncompiled, name)
-    ],
+    "name", one_of_each_kind_or_slow(name for name in NAMES if checks.applies(checks.compiled_equals_uncompiled, name))
 )
 def test_a_compiled_model_gives_the_same(name: str) -> None:
     checks.compiled_equals_uncompiled(name)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    "name",
+    one_of_each_kind_or_slow(
+        (name for name in NAMES if checks.applies(checks.compiled_equals_uncompiled_pruned_and_merged, name)),
+        always=(),
+    ),
+)
+def test_a_compiled_model_gives_the_same_pruned_and_merged(name: str) -> None:
+    checks.compiled_equals_uncompiled_pruned_and_merged(name)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    "name",
+    one_of_each_kind_or_slow(
+        (name for name in NAMES if checks.applies(checks.exported_equals_eager, name)),
+        always=("vit", "beit_shared_bias", "hiera"),
+    ),
+)
+def test_an_exported_model_gives_the_same(name: str) -> None:
+    checks.exported_equals_eager(name)
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.parametrize("name", checks.WITHOUT_EXPORT)
+def test_a_model_that_is_not_exported_cannot_be_without_prompts_either(name: str) -> None:
+    model, inputs = checks.build(name)
+    try:
+        program = checks.export(model, inputs)
+    except Exception:  # torch has many
+        return
+    assert checks.apart(checks.run(program.module(), inputs), checks.run(model, inputs)) > 0.1
+
+
+@pytest.mark.parametrize("name", parameters(sorted(checks.WITHOUT_DYNAMIC_QUANTISATION)))
+def test_a_model_that_is_not_quantised_cannot_be_without_prompts_either(name: str) -> None:
+    model, inputs = checks.build(name)
+    with pytest.raises((AttributeError, TypeError), match="function|method"):
+        checks.run(checks.quantise(model), inputs)
 
 
 @pytest.mark.parametrize("name", parameters(sorted(checks.WITH_ONE_IMPLEMENTATION)))

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from peft import PeftModel
 
 import peft_e2vpt
 from tests.golden.test_golden import stored
 from tests.hub.test_conversion import ONE
-from tests.support.command_line import succeed
+from tests.support.command_line import fail, succeed
 from tests.support.released import base_of, checkpoint_of
 
 
@@ -30,3 +31,21 @@ def test_convert_gives_an_adapter_with_the_released_logits(tmp_path: Path) -> No
         torch.testing.assert_close(model(pixel_values=pixels).logits, ONE.logits, rtol=0, atol=1e-12)
     loaded = peft_e2vpt.load(tmp_path / "adapter")
     assert loaded.prompt_summary() == model.prompt_summary()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04", b"version https://git-lfs.github.com/spec/v1\n", b"<html>", b"\x80\x02cos\nsystem\n."],
+    ids=["empty", "truncated", "pointer", "page", "code"],
+)
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "last.pth").write_bytes(content)
+    message = fail("convert", tmp_path / "last.pth", "--base", tmp_path, "--output", tmp_path / "new")
+    assert f"{tmp_path}/last.pth is no file of tensors" in message and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("content", [[], {"model": 3}, {"model": {"head.last_layer.weight": torch.zeros(1)}}, {}])
+def test_a_file_of_other_tensors_is_named(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "last.pth")
+    message = fail("convert", tmp_path / "last.pth", "--base", tmp_path, "--output", tmp_path / "new")
+    assert str(tmp_path / "last.pth") in message

@@ -21,12 +21,15 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from transformers import AutoModelForImageClassification, Trainer, ViTConfig, ViTForImageClassification
 
 import peft_e2vpt
-from peft_e2vpt import PruneRewindCallback, requirements, score_prompts, search_pruning
+from peft_e2vpt import PruneRewindCallback, requirements, score_prompts, search_pruning, trained_tensors
+from peft_e2vpt.pruning.callback import TARGET_FILE
 from tests.support.adapted import config_of
 from tests.support.models import VIT
 from tests.support.paths import ROOT
@@ -168,6 +171,21 @@ def segments() -> None:
     get_peft_model(vit(), config_of(num_segments=7))
 
 
+@under("A field of the config is impossible")
+def impossible_field() -> None:
+    peft_e2vpt.E2VPTConfig(num_visual_prompts="ten")
+
+
+@under("A regular expression could be tried forever")
+def endless_expression() -> None:
+    peft_e2vpt.E2VPTConfig(target_modules=r"(.*\.)*attention")
+
+
+@under("The name of an adapter is a path")
+def adapter_name_is_a_path() -> None:
+    adapted(adapter_name="runs/flowers")
+
+
 @under("A name in `modules_to_save` is the ending of several modules")
 def several_endings() -> None:
     get_peft_model(vit(), config_of(modules_to_save=["layernorm_before"]))
@@ -192,6 +210,21 @@ def add_adapter_of_transformers() -> None:
 def head_of_the_checkpoint() -> None:
     vit(num_labels=3).save_pretrained("vit")
     AutoModelForImageClassification.from_pretrained("vit", num_labels=5)
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+@under("No gradient passes through the backbone")
+def without_gradient() -> None:
+    get_peft_model(quantised(vit()), config_of())
+
+
+@under("The head is quantised")
+def quantised_head() -> None:
+    adapted().save_pretrained("adapter")
+    PeftModel.from_pretrained(quantised(vit()), "adapter")
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -252,6 +285,20 @@ def frozen_with_callback() -> None:
     train(PruneRewindCallback(**HALF), PeftModel.from_pretrained(vit(), saved()))
 
 
+@under("FSDP1 hides the parameters")
+def fsdp1() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        trained_tensors(FullyShardedDataParallel(adapted(), device_id=torch.device("cpu"), use_orig_params=True))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@under("The model was quantised after it was adapted")
+def quantised_before_training() -> None:
+    quantised(adapted()).train()(**batch())
+
+
 @under("Several GPUs are used by one process")
 def data_parallel() -> None:
     for module in adapted().modules():  # as torch.nn.DataParallel does for every GPU
@@ -288,6 +335,11 @@ def stream() -> None:
 @under("The run is too short for two parts")
 def too_short() -> None:
     train(PruneRewindCallback(prune_after=4, unit="epochs", **HALF))
+
+
+@under("The run has a single step")
+def single_step() -> None:
+    train(PruneRewindCallback(**HALF), max_steps=1)
 
 
 @under("The budget is too small")
@@ -347,6 +399,30 @@ def schedule() -> None:
 def foreign_checkpoint() -> None:
     train(max_steps=2, save_strategy="steps", save_steps=1)
     trainer_for(HERE, PruneRewindCallback(**HALF), max_steps=4).train(resume_from_checkpoint="checkpoint-2")
+
+
+SAVED: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+
+
+@under("The checkpoint misses the values to rewind to")
+def incomplete_checkpoint() -> None:
+    train(PruneRewindCallback(**HALF), **SAVED)
+    (HERE / "checkpoint-1" / TARGET_FILE).unlink()
+    trainer_for(HERE, PruneRewindCallback(**HALF), **SAVED).train(resume_from_checkpoint="checkpoint-1")
+
+
+@under("The values to rewind to are those of another step")
+def another_target() -> None:
+    train(PruneRewindCallback(**HALF), **SAVED)
+    early = PruneRewindCallback(**HALF, rewind_to="early", early_steps=1)
+    trainer_for(HERE, early, **SAVED).train(resume_from_checkpoint="checkpoint-2")
+
+
+@under("The checkpoint has more steps behind it than the run is to have")
+def nothing_left() -> None:
+    train(PruneRewindCallback(**HALF), **SAVED)
+    shorter = {**SAVED, "max_steps": 3}
+    trainer_for(HERE, PruneRewindCallback(**HALF), **shorter).train(resume_from_checkpoint="checkpoint-4")
 
 
 # --------------------------------------------------------------------------------------------- scoring and searching
@@ -425,6 +501,11 @@ def merge() -> None:
 
 
 # -------------------------------------------------------------------------------------------------- saving and loading
+@under("The head to save is quantised")
+def save_quantised() -> None:
+    quantised(adapted()).save_pretrained("adapter")
+
+
 @under("There is no adapter to load: PEFT", of="peft")
 def nothing_to_load() -> None:
     adapted().load_adapter("flowers", adapter_name="flowers")
@@ -466,10 +547,53 @@ def pickled() -> None:
     peft_e2vpt.load("trees")
 
 
+@under("A gate is neither 0 nor 1")
+def damaged_gate() -> None:
+    saved()
+    tensors = load_file(TENSORS)
+    tensors["base_model.model.e2vpt.0.e2vpt_token_gates"].fill_(0.5)
+    save_file(tensors, TENSORS)
+    PeftModel.from_pretrained(vit(), "trees")
+
+
+@under("The config and the tensors do not belong together")
+def another_config() -> None:
+    saved()
+    change(num_kv_prompts=3)
+    PeftModel.from_pretrained(vit(), "trees")
+
+
+@under("A field of `adapter_config.json` is impossible")
+def impossible_field_in_a_file() -> None:
+    saved()
+    change(num_visual_prompts=10**9)
+    peft_e2vpt.load("trees")
+
+
+@under("There are more labels than the head can tell apart")
+def more_labels() -> None:
+    saved()
+    change(labels=[f"tree {index}" for index in range(1000)])
+    peft_e2vpt.load("trees")
+
+
 @under("The folder holds something else")
 def something_else() -> None:
     Path("trees").mkdir()
     Path("trees/adapter_config.json").write_text('{"foo": "bar"}')
+    peft_e2vpt.load("trees")
+
+
+@under("A file is named instead of its folder")
+def file_instead_of_folder() -> None:
+    saved()
+    peft_e2vpt.load(TENSORS)
+
+
+@under("PEFT does not know the method")
+def unknown_method() -> None:
+    saved()
+    change(peft_type="E3VPT")
     peft_e2vpt.load("trees")
 
 
@@ -508,6 +632,24 @@ def base_model_gone() -> None:
 def another_base_model() -> None:
     vit(image_size=64).save_pretrained("vit_64")
     peft_e2vpt.load(saved(), base_model="vit_64")
+
+
+@under("The base model would be far larger than its checkpoint")
+def far_larger() -> None:
+    vit().save_pretrained("base")
+    saved()
+    change(base_model_name_or_path="base", base_model_settings={"image_size": 10**6})
+    peft_e2vpt.load("trees")
+
+
+@under("The base model has no safetensors")
+def base_model_is_a_pickle() -> None:
+    vit().save_pretrained("base")
+    torch.save(load_file("base/model.safetensors"), "base/pytorch_model.bin")
+    Path("base/model.safetensors").unlink()
+    saved()
+    change(base_model_name_or_path="base")
+    peft_e2vpt.load("trees")
 
 
 @under("The base model has another number of classes")

@@ -16,13 +16,29 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import AttentionInterface, ImageClassificationPipeline, Pipeline, PreTrainedModel, Trainer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import peft_e2vpt
 from peft_e2vpt import E2VPTLayer, E2VPTModel
-from peft_e2vpt._compat import BatchNorm, BufferDict, ExcludedModule, offload_device, takes_processor
+from peft_e2vpt._compat import (
+    BatchNorm,
+    BufferDict,
+    ExcludedModule,
+    device_and_dtype,
+    has_packed_layers,
+    has_values,
+    is_batched,
+    is_quantised,
+    offload_device,
+    packed_weights,
+    stops_gradients,
+    takes_processor,
+    with_packed_layers,
+)
+from peft_e2vpt.tuner.prompts import Prompts
 from tests.support.models import build
 
 
@@ -44,6 +60,15 @@ def test_a_buffer_dict_holds_buffers_that_are_saved_if_it_is_persistent() -> Non
         assert not list(module.buffers())
 
 
+def test_tensors_without_values_of_their_own_are_known() -> None:
+    assert has_values(torch.ones(2)) and not has_values(torch.ones(2, device="meta"))
+    with FakeTensorMode():
+        assert not has_values(torch.ones(2))
+    found = []
+    torch.func.vmap(lambda row: found.append(is_batched(row)) or row)(torch.ones(2, 3))
+    assert found == [True] and not is_batched(torch.ones(2))
+
+
 def test_an_excluded_module_counts_as_no_target() -> None:
     assert not ExcludedModule()
 
@@ -59,6 +84,61 @@ def test_an_offloaded_module_tells_where_it_runs() -> None:
     weights = {name: value.clone() for name, value in module[0].state_dict().items()}
     add_hook_to_module(module[0], AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights))
     assert next(module.parameters()).is_meta and offload_device(module) == torch.device("cpu")
+
+    assert device_and_dtype(module) == (torch.device("cpu"), torch.float32)
+
+
+class Packed(torch.Tensor):
+    """A tensor made of others, as torchao makes them."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["values"], None
+
+
+def in_bits(dtype: torch.dtype) -> nn.Module:
+    module = nn.Linear(2, 2, bias=False)
+    module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+    return module
+
+
+def of_integers() -> nn.Module:
+    module = nn.Linear(2, 2)
+    module.weight = nn.Parameter(torch.ones(2, 2).as_subclass(Packed), requires_grad=False)
+    module.weight.values = torch.ones(2, 2, dtype=torch.int8)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "dtype", "quantised", "stops"),
+    [
+        (in_bits(torch.float32), torch.float32, False, False),
+        (in_bits(torch.bfloat16), torch.bfloat16, False, False),
+        (in_bits(torch.int8), None, True, False),
+        (in_bits(torch.float8_e4m3fn), None, True, False),
+        (nn.Sequential(in_bits(torch.uint8), nn.BatchNorm1d(2).half()), torch.float16, True, False),
+        (nn.ReLU(), None, False, False),
+        (of_integers(), torch.float32, True, False),
+        (torch.ao.nn.quantized.dynamic.Linear(2, 3), torch.float32, True, True),
+        (torch.ao.nn.quantized.Linear(2, 3), torch.float32, True, True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_module_tells_where_and_with_what_it_computes_quantised_or_not(module, dtype, quantised, stops) -> None:
+    assert device_and_dtype(module) == (torch.device("cpu"), dtype)
+    assert (is_quantised(module), stops_gradients(module)) == (quantised, stops)
+    packed = list(packed_weights(module))
+    assert bool(packed) is has_packed_layers(module) is stops
+    assert [tensor.shape for tensor in packed] == ([(3, 2), (3,)] if stops else [])
+
+
+def test_part_of_a_state_dict_is_loaded_beside_packed_layers() -> None:
+    model = nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(2, 3), nn.Linear(3, 1))
+    before, part = model[0].weight(), {"1.bias": torch.ones(1)}
+    with pytest.raises(KeyError):
+        model.load_state_dict(part, strict=False)
+    model.load_state_dict(with_packed_layers(model, part), strict=False)
+    assert torch.equal(model[0].weight().int_repr(), before.int_repr()) and model[1].bias == 1
+    assert with_packed_layers(model[1], part) is part
 
 
 def test_pipelines_say_which_processors_they_take() -> None:
@@ -87,6 +167,8 @@ OVERRIDDEN = [  # (class of another package, ours, method)
     (PeftModel, E2VPTModel, "_enable_peft_forward_hooks"),  # calls that of the tuner
     (BaseTunerLayer, E2VPTLayer, "_get_base_layer_device_and_dtype"),
     (BaseTunerLayer, E2VPTLayer, "_move_adapter_to_device_of_base_layer"),
+    (nn.Module, Prompts, "_apply"),
+    (nn.Module, E2VPTLayer, "_apply"),
     (nn.Module, E2VPTLayer, "_replicate_for_data_parallel"),
 ]
 
@@ -122,6 +204,8 @@ def _loaded_parameter() -> nn.Parameter:
 
 
 ATTRIBUTES: dict[str, Any] = {  # where each private attribute that is read or set comes from
+    "_apply": lambda: nn.Module,
+    "_buffers": lambda: nn.Module(),
     "_attn_implementation": lambda: build("vit")[0].config,
     "_cast_adapter_dtype": lambda: BaseTuner,
     "_created_lr_scheduler": lambda: inspect.getsource(Trainer.__init__),
@@ -132,15 +216,27 @@ ATTRIBUTES: dict[str, Any] = {  # where each private attribute that is read or s
     "_is_hf_initialized": _loaded_parameter,
     "_last_lr": lambda: LambdaLR(_optimizer(), lambda step: 1.0),
     "_load_from_state_dict": lambda: nn.Module,
+    "_modules": lambda: nn.Module(),
+    "_parameters": lambda: nn.Module(),
     "_prepare_inputs": lambda: Trainer,
     "_remap_adapter_state_dict_for_load": lambda: BaseTuner,
     "_remove_adapter_name_from_key": lambda: BaseTuner,
     "_require_grads_hooks": lambda: inspect.getsource(PreTrainedModel.enable_input_require_grads),
     "_reset": lambda: ReduceLROnPlateau(_optimizer()),
     "_train_batch_size": lambda: inspect.getsource(Trainer.__init__),
+    "_version": lambda: torch.ones(1),
 }
 OF_DEEPSPEED = {"_hp_mapping", "_z3_optimizer"}
-OF_PYTHON = {"_fields", "_replace", "_name_", "_value_", "_member_names_", "_member_map_", "_value2member_map_"}
+OF_PYTHON = {
+    "_fields",
+    "_getframe",
+    "_replace",
+    "_name_",
+    "_value_",
+    "_member_names_",
+    "_member_map_",
+    "_value2member_map_",
+}
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)

@@ -21,10 +21,10 @@ ARROWS = {
     "attention": {"_compat", "backbones"},
     "tuner": {"_compat", "attention", "backbones", "distributed"},
     "evaluation": {"distributed"},
-    "embeddings": {"evaluation"},
-    "attention_maps": {"attention", "backbones", "evaluation", "tuner"},
+    "embeddings": {"_compat", "evaluation"},
+    "attention_maps": {"_compat", "attention", "backbones", "evaluation", "tuner"},
     "pruning": {"_compat", "distributed", "evaluation", "tuner"},
-    "images": {"evaluation", "hub", "pruning", "tuner"},
+    "images": {"_compat", "evaluation", "hub", "pruning", "tuner"},
     "plotting": {"attention_maps", "pruning"},
     "hub": {"_compat", "backbones", "plotting", "pruning", "tuner"},
 }

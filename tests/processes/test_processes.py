@@ -16,13 +16,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from peft_e2vpt import PruneRewindCallback, PruningReport
+from peft_e2vpt import (
+    PruneRewindCallback,
+    PruningReport,
+    apply_gates,
+    redraw,
+    rewind,
+    score_prompts,
+    search_pruning,
+    trained_tensors,
+)
+from peft_e2vpt.pruning.ranking import current_gates
 from tests.support.paths import EXAMPLES
 from tests.support.processes import launch, torchrun
 from tests.support.sharded_worker import assert_same_run
 from tests.support.sharded_worker import run as sharded_run
-from tests.support.training import HALF, assert_same_bits
+from tests.support.training import HALF, Images, adapted, assert_same_bits
 from tests.support.worker import run, scores_and_search, sharded
 
 
@@ -130,6 +141,34 @@ def test_a_model_that_fsdp_shards_is_pruned_and_rewound_like_one_in_one_process(
     assert all(0 < int((tensor == 0).sum()) < tensor.numel() for tensor in prompts)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["the model", "a part of it"])
+def test_a_model_that_the_first_version_of_fsdp_flattens_is_refused(whole: bool) -> None:
+    model = adapted()
+    gates = current_gates(model)
+    scores = score_prompts(model, [Images(4)[:]])
+    values = trained_tensors(model)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        inner = model if whole else model.base_model.model.vit
+        flat = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)
+        if whole:
+            model = flat
+        else:
+            model.base_model.model.vit = flat
+        for function in (
+            lambda: trained_tensors(model),
+            lambda: rewind(model, values),
+            lambda: redraw(model, "default", 0),
+            lambda: apply_gates(model, gates),
+            lambda: score_prompts(model, [Images(4)[:]]),
+            lambda: search_pruning(model, scores, [Images(4)[:]]),
+        ):
+            with pytest.raises(ValueError, match=r"FSDP1\), which hides .*: shard it with .*fully_shard \(FSDP2\)"):
+                function()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # ----------------------------------------------------------------------------------------------- the Trainer and FSDP2
 @pytest.fixture(scope="module")
 def fsdp_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -160,6 +199,21 @@ def test_a_resumed_run_with_fsdp_equals_the_straight_run_to_the_bit(fsdp_ranks: 
         straight, resumed = rank["search"], rank[f"resumed{step}"]
         assert_same_bits(resumed["end"], straight["end"])
         assert resumed["report"] == straight["report"] and resumed["history"] == straight["history"]
+
+
+@pytest.mark.parametrize("step", [15, 10, 5])
+def test_checkpoints_that_fsdp_writes_in_parts_resume_to_the_bit(fsdp_ranks: Ranks, step: int) -> None:
+    """`state_dict_type="SHARDED_STATE_DICT"`: before and after pruning."""
+    for rank in fsdp_ranks:
+        straight, resumed = rank["parts"], rank[f"parts{step}"]
+        assert_same_bits(resumed["end"], straight["end"])
+        assert resumed["report"] == straight["report"] and resumed["history"] == straight["history"]
+        assert resumed["summary"] == straight["summary"]
+
+
+def test_a_pruned_model_is_read_from_parts_by_hand(fsdp_ranks: Ranks) -> None:
+    for rank in fsdp_ranks:
+        assert_same_bits(rank["own files"], rank["parts"]["end"])
 
 
 def test_the_best_model_of_the_second_part_is_loaded_with_fsdp(fsdp_folder: Path, fsdp_ranks: Ranks) -> None:

@@ -371,10 +371,13 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checkpoint at step 4 was made without PruneRewindCallback"):
         trainer_for(tmp_path, PruneRewindCallback(**HALF)).train(str(tmp_path / "checkpoint-4"))
     straight = StraightRun(tmp_path / "two", "init")
-    (tmp_path / "two" / TARGET_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match="values to rewind to are not at .*keep the output folder"):
+    (tmp_path / "two" / "checkpoint-4" / TARGET_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=f"checkpoint-4/{TARGET_FILE} is missing.*copy the whole folder"):
         straight.resume(4, restore=False)
     straight.resume(16, restore=False)  # needs no target any more
+    (tmp_path / "two" / "pruning_report.json").unlink()
+    straight.resume(16, restore=False)  # nor anything from outside the checkpoint
+    (tmp_path / "two" / "checkpoint-16" / "pruning_report.json").unlink()
     (tmp_path / "two" / "pruning_report.json").unlink()
     with pytest.raises(FileNotFoundError, match="pruning_report.json"):
         straight.resume(16, restore=False)

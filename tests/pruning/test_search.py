@@ -86,7 +86,7 @@ def test_shallow_candidates_measure_what_the_model_pruned_so_gives(mode: str) ->
     for candidate in search.candidates:
         _, likely = measured_alone(model, scores, candidate.token_ratio, candidate.segment_ratio)
         assert candidate.quality == pytest.approx(likely, abs=1e-12)
-    assert "default" not in prompt_layers(model)[0].e2vpt_kept_tokens
+    assert prompt_layers(model)[0].gate_effect("default").kept is None
 
 
 @pytest.mark.parametrize("max_rows", [1, 8, 20, 1000])

@@ -16,10 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
 from peft_e2vpt import E2VPTConfig, PruneRewindCallback, trained_tensors
@@ -153,6 +157,18 @@ def loaded_in_parts(folder: Path, kind: str) -> PeftModel:
     return get_peft_model(base, E2VPTConfig(**{**SETTINGS, "visual_prompt_dropout": 0.0}))
 
 
+def saved_by_hand(folder: Path, model: PeftModel) -> dict[str, Tensor]:
+    """What another model holds that has read a pruned one's sharded checkpoint, without the Trainer."""
+    other = adapted(visual_prompt_dropout=0.0, seed=5)
+    fully_shard(other, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    checkpoint.save({"model": get_model_state_dict(model)}, checkpoint_id=folder)
+    read = {"model": get_model_state_dict(other)}
+    checkpoint.load(read, checkpoint_id=folder)
+    set_model_state_dict(other, read["model"])
+    assert pruned_values_have_no_effect(other)
+    return trained_tensors(other)
+
+
 def main(kind: str, out: Path) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {"search": run(out / "search", kind, PruneRewindCallback(), **SAVING)}
@@ -168,7 +184,17 @@ def main(kind: str, out: Path) -> None:
     found["best"] = run(out / "best", kind, PruneRewindCallback(), **best, **SAVING)
     fresh = PruneRewindCallback(**HALF, rewind_to="fresh")
     found["fresh"] = run(out / "fresh", kind, fresh)
-    if kind != "fsdp2":
+    if kind == "fsdp2":
+        settings = settings_of(kind)
+        settings["fsdp_config"]["state_dict_type"] = "SHARDED_STATE_DICT"
+        given = {**SAVING, **settings}
+        found["parts"] = run(out / "parts", kind, PruneRewindCallback(**HALF), **given)
+        (out / "parts" / "pruning_report.json").unlink(missing_ok=True)  # no resume needs it
+        for step in (15, 10, 5):
+            dist.barrier()
+            found[f"parts{step}"] = run(out / "parts", kind, PruneRewindCallback(**HALF), resume=step, **given)
+        found["own files"] = saved_by_hand(out / "by hand", found["parts"]["model"])
+    else:
         settings = settings_of(kind, optimizer=OWN_OPTIMIZER)
         del settings["deepspeed"]["zero_optimization"]["stage3_param_persistence_threshold"]
         early = PruneRewindCallback(**HALF, rewind_to="early", early_steps=2)
@@ -182,7 +208,7 @@ def main(kind: str, out: Path) -> None:
         found["loaded in parts"] = run(out / "parts", kind, PruneRewindCallback(), model)
     for entry in found.values():
         if isinstance(entry, dict):
-            del entry["model"]
+            entry.pop("model", None)
     torch.save(found, out / f"rank{rank}.pt")
     gc.collect()
     dist.barrier()

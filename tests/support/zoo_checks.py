@@ -64,6 +64,21 @@ WITHOUT_CHECKPOINTING = {
 WITH_IDLE_PARTS = {"dpt", "depth_anything"}
 
 
+# Their plain versions are not exported by torch, or what is exported gives other numbers.
+WITHOUT_EXPORT = {
+    **dict.fromkeys(("eomt", "eomt_dinov3"), "reads from a buffer whether blocks are masked"),
+    **dict.fromkeys(("pixtral", "vilt"), "the number of tokens depends on values"),
+    **dict.fromkeys(("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "glm4v_vision"), "packed sequences"),
+    "imagegpt": "returns a cache",
+    "phi4_multimodal_vision": "causal without a mask, which transformers gives it while it exports",
+}
+# Their plain versions are not quantised by torch.ao: they read the weight of a linear layer themselves.
+WITHOUT_DYNAMIC_QUANTISATION = {
+    *("siglip2", "gemma4_vision", "layoutlmv3", "timm_beit_base", "timm_swinv2_tiny_window8_256"),
+}
+WITH_JUMPS = {"groupvit_vision"}  # gives every token to one group: little changes can move it to another
+
+
 def config(**changes: Any) -> E2VPTConfig:
     settings = {"num_visual_prompts": 3, "num_kv_prompts": 2, "num_segments": 1, "modules_to_save": [], "seed": 0}
     return E2VPTConfig(**{**settings, "visual_prompt_dropout": 0.0, **changes})
@@ -250,14 +265,78 @@ def checkpointing_leaves_gradients_equal(name: str, **changes: Any) -> float:
     return worst
 
 
-@torch.no_grad()
-def compiled_equals_uncompiled(name: str) -> float:
-    model, inputs = adapt(name)
+def _prune(model: PeftModel) -> None:
+    """Prunes the first prompt of every attention, and all of the first."""
+    for index, layer in enumerate(prompt_layers(model)):
+        token = torch.tensor([0.0, 0.0, 0.0] if index == 0 else [0.0, 1.0, 1.0])
+        layer.set_gates("default", token, torch.ones(3, 1))
+
+
+def _states(model: PeftModel) -> Iterator[str]:
+    """An adapted model as it is, then pruned, then merged."""
+    yield "adapted"
+    _prune(model)
+    yield "pruned"
+    model.merge_adapter()
+    yield "merged"
+
+
+def _compiled(model: PeftModel, inputs: dict[str, Any]) -> float:
     output = run(model, inputs)
     torch._dynamo.reset()
     difference = apart(run(torch.compile(model, backend="eager"), inputs), output)
     assert difference < 1e-4
     return difference
+
+
+@torch.no_grad()
+def compiled_equals_uncompiled(name: str) -> float:
+    return _compiled(*adapt(name))
+
+
+@torch.no_grad()
+def compiled_equals_uncompiled_pruned_and_merged(name: str) -> float:
+    model, inputs = adapt(name)
+    return max(_compiled(model, inputs) for state in _states(model) if state != "adapted")
+
+
+def export(model: nn.Module, inputs: dict[str, Any]) -> torch.export.ExportedProgram:
+    torch.manual_seed(0)
+    return torch.export.export(model, (), inputs, strict=False)
+
+
+@torch.no_grad()
+def exported_equals_eager(name: str) -> float:
+    model, inputs = adapt(name)
+    worst = 0.0
+    for state in _states(model):
+        output, program = run(model, inputs), export(model, inputs)
+        for what, found in (("", program), (" and decomposed", program.run_decompositions())):
+            difference = apart(run(found.module(), inputs), output)
+            assert difference < 1e-4, f"{state}{what}: {difference}"
+            worst = max(worst, difference)
+    return worst
+
+
+def quantise(model: nn.Module) -> Any:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+@torch.no_grad()
+def quantised_stays_close(name: str) -> float:
+    """Served with torch's dynamic quantisation, heads included; without adapter it is the quantised base model."""
+    model, inputs = adapt(name, modules_to_save=None)
+    output, quantised = run(model, inputs), quantise(model)
+    assert quantised.prompt_summary() == model.prompt_summary()
+    differences = [apart(run(quantised, inputs), output)]
+    base = run(quantise(build(name)[0]), inputs)
+    with quantised.disable_adapter():
+        assert torch.equal(run(quantised, inputs), base)
+    quantised.merge_adapter()
+    differences.append(apart(run(quantised, inputs), output))
+    assert max(differences) < (0.6 if name in WITH_JUMPS else 0.2)
+    assert torch.equal(run(quantised.unload(), inputs), base)
+    return max(differences)
 
 
 def threads_get_the_answers_of_one(name: str, **changes: Any) -> float:
@@ -303,6 +382,7 @@ STATEMENTS: tuple[Statement, ...] = (
     checkpointing_leaves_gradients_equal,
     threads_get_the_answers_of_one,
     memory_is_freed_with_the_model,
+    quantised_stays_close,
 )
 ABOUT_HEADS: tuple[Statement, ...] = (  # they hold for a head that trains, too
     prompts_have_an_effect,
@@ -326,7 +406,11 @@ def applies(statement: Statement, name: str) -> bool:
         return name in WITH_INSERTION
     if statement is checkpointing_leaves_gradients_equal:
         return name not in WITHOUT_CHECKPOINTING
-    if statement is compiled_equals_uncompiled:
+    if statement is exported_equals_eager:
+        return name not in WITHOUT_EXPORT
+    if statement is quantised_stays_close:
+        return name not in WITHOUT_DYNAMIC_QUANTISATION
+    if statement in (compiled_equals_uncompiled, compiled_equals_uncompiled_pruned_and_merged):
         return name not in AT_ODDS_WITH_ITSELF
     return True
 

@@ -105,6 +105,24 @@ def test_the_exported_program_gives_the_numbers_of_the_model(case, pruned):
     assert not torch.allclose(found, predict(model, inputs), atol=1e-2)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("name", ["vit", "beit_relative_bias", "swin", "dinov3"])
+def test_onnx_runtime_gives_the_numbers_of_the_model(name, merged, tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model, inputs = adapt(name)
+    prune(model)
+    if merged:
+        model.merge_adapter()
+    program = torch.onnx.export(model, (), kwargs=inputs, dynamo=True, verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    others = {**inputs, "pixel_values": inputs["pixel_values"].flip(0) + 0.5}
+    found = session.run(None, {node.name: others[node.name].numpy() for node in session.get_inputs()})
+    expected = predict(model, others)
+    torch.testing.assert_close(next(torch.from_numpy(o) for o in found if o.shape == expected.shape), expected)
+
+
 # -------------------------------------------------------------------------------------------------- copied and pickled
 def by_pickle(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model))

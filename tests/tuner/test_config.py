@@ -7,13 +7,16 @@ import json
 import pickle
 import tempfile
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftConfig, PeftType, get_peft_config
+from peft import PeftConfig, PeftType, get_peft_config, get_peft_model
 
 from peft_e2vpt import E2VPTConfig
 from peft_e2vpt.tuner.config import CHOICES
+from tests.support.models import build
 
 
 # ------------------------------------------------------------------------------------------------------- valid choices
@@ -119,15 +122,16 @@ def test_a_config_written_by_a_later_version_loads_with_a_warning_that_names_wha
 MISTAKES = [
     *[({name: value}, name) for name in ("num_visual_prompts", "num_kv_prompts") for value in (-1, 1.5, "3", True)],
     *[({"num_segments": value}, "num_segments") for value in (0, 2.0, None)],
-    *[({"seed": value}, "seed") for value in (-1, 0.5, "0", True)],
+    *[({name: 10**9}, name) for name in ("num_visual_prompts", "num_kv_prompts", "num_segments")],
+    *[({"seed": value}, "seed") for value in (-1, 0.5, "0", True, 2**64)],
     *[({"visual_prompt_dropout": value}, "visual_prompt_dropout") for value in (-0.1, 1.0, float("nan"), "0.1", True)],
     *[({name: "both"}, name) for name in CHOICES],
     *[({name: [CHOICES[name][0]]}, name) for name in CHOICES],
     *[({name: None}, name) for name in CHOICES if name != "token_gate"],
     *[
         ({name: value}, name)
-        for name in ("share_kv_prompts", "share_kv_prompts_across_layers", "init_weights")
-        for value in ("False", None)
+        for name in ("share_kv_prompts", "share_kv_prompts_across_layers", "init_weights", "inference_mode")
+        for value in ("False", None, 1)
     ],
     *[
         ({name: value}, name)
@@ -135,6 +139,13 @@ MISTAKES = [
         for value in (3, [3], [None])
     ],
     *[({name: "(attention"}, name) for name in ("target_modules", "exclude_modules")],
+    *[({"labels": value}, "labels") for value in ("cat", 3, [1, 2], {"0": "cat"})],
+    *[({"base_model_settings": value}, "base_model_settings") for value in ("x", [1], {"eps": float("nan")})],
+    *[({"auto_mapping": value}, "auto_mapping") for value in ("x", ["y"], {"base_model_class": 3})],
+    *[({"base_model_name_or_path": value}, "base_model_name_or_path") for value in (3, ["x"])],
+    *[({"revision": value}, "revision") for value in (3, "../x", "")],
+    *[({"format_version": value}, "format_version") for value in (0, "1", 1.0, True, None)],
+    ({"peft_version": 3}, "peft_version"),
     ({"target_modules": "all-linear"}, "target_modules"),
     ({"modules_to_save": "classifier"}, "modules_to_save"),
     *[({"layers_to_transform": value}, "layers_to_transform") for value in ([], -1, [0, -1], "0", [0.5], True)],
@@ -153,6 +164,34 @@ def test_a_mistake_is_refused_in_one_sentence_that_names_the_field_and_the_value
     value = choice[field]
     assert any(str(part) in message for part in (value if isinstance(value, list) and value else [value]))
     assert message.endswith((".", "].")) and "\n" not in message
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_taken_as_pythons_own(number):
+    config = E2VPTConfig(
+        num_visual_prompts=number(4),
+        layers_to_transform=[number(1)],
+        visual_prompt_dropout=np.float32(0.5),
+        share_kv_prompts=np.bool_(False),
+    )
+    assert config == E2VPTConfig(
+        num_visual_prompts=4, layers_to_transform=[1], visual_prompt_dropout=0.5, share_kv_prompts=False
+    )
+    assert {type(value) for value in vars(config).values()} & {np.bool_, np.float32, np.int64, torch.Tensor} == set()
+    json.dumps(config.to_dict())
+
+
+def test_thousands_of_prompts_are_asked_after():
+    with pytest.warns(UserWarning, match=r"num_visual_prompts=2000 .* the paper has 10 to 100. Is it meant"):
+        E2VPTConfig(num_visual_prompts=2000)
+
+
+def test_a_field_that_is_changed_afterwards_is_checked_when_a_model_is_adapted():
+    config = E2VPTConfig()
+    config.num_visual_prompts = "many"
+    model, _ = build("vit")
+    with pytest.raises(ValueError, match="num_visual_prompts must be a whole number of at least 0, got 'many'"):
+        get_peft_model(model, config)
 
 
 def test_no_prompts_at_all_are_refused():

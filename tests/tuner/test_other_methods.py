@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_e2vpt import E2VPTConfig
+from peft_e2vpt._compat import is_for_inference
 from tests.support.models import build, output_of
 
 
@@ -146,6 +147,24 @@ def test_prompts_and_head_train_in_float32_on_a_quantised_backbone(settings: dic
         quantised(tmp_path, **settings, llm_int8_skip_modules=["classifier"]), tmp_path / "adapter"
     )
     assert again.prompt_summary() == summary
+
+
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=["4 bit", "8 bit"])
+def test_a_quantised_backbone_that_has_served_trains_on_or_says_that_it_cannot(settings, tmp_path: Path) -> None:
+    base = quantised(tmp_path, **settings, llm_int8_skip_modules=["classifier"])
+    model = get_peft_model(base, E2VPTConfig(**CONFIG)).eval()
+    pixels = torch.randn(4, 3, 32, 32)
+    served = model(pixel_values=pixels).logits  # without no_grad
+    assert torch.equal(model(pixel_values=pixels).logits, served)
+    model.train()
+    if is_for_inference(base):  # on some CPUs in 4 bit
+        with pytest.raises(RuntimeError, match="4-bit weights of bitsandbytes.*before it first runs in eval mode"):
+            model(pixel_values=pixels)
+        with pytest.raises(ValueError, match="no gradient passes through"):
+            get_peft_model(model.unload(), E2VPTConfig(**CONFIG))
+        return
+    model(pixel_values=pixels).logits.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
 def test_a_quantised_head_is_refused_with_the_setting_that_leaves_it_out(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+# Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
+"""What a running `Trainer` knows but tells no callback: itself, and the checkpoint that it resumes or writes.
+
+Paths that a checkpoint holds are wrong once its folder has moved, so they are asked for when they are needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def _calls() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The function calls that are running, the innermost first: name and local variables."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame.f_code.co_name, frame.f_locals
+        frame = frame.f_back
+
+
+def running_trainer() -> Trainer:
+    """Finds the `Trainer` whose event is being handled.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    from transformers import Trainer  # brings datasets and pandas, which importing this package does not need
+
+    for _, variables in _calls():
+        if isinstance(variables.get("self"), Trainer):
+            trainer: Trainer = variables["self"]
+            return trainer
+    raise RuntimeError("PruneRewindCallback works inside Trainer.train(): pass it as Trainer(callbacks=[...]).")
+
+
+def resumed_checkpoint(trainer: Trainer) -> Path:
+    """The folder of the checkpoint that a training has begun from.
+
+    Raises:
+        RuntimeError: the Trainer was given its state in another way than `resume_from_checkpoint`.
+    """
+    for _, variables in _calls():
+        folder = variables.get("resume_from_checkpoint")
+        if variables.get("self") is trainer and isinstance(folder, (str, os.PathLike)):
+            return Path(folder)
+    raise RuntimeError(
+        f"Training begins at step {trainer.state.global_step}, but from no checkpoint that PruneRewindCallback can "
+        "find: pass its folder to trainer.train(resume_from_checkpoint=...)."
+    )
+
+
+def written_checkpoint() -> Path | None:
+    """The folder of the checkpoint that a Trainer is writing, `None` where none is."""
+    for function, variables in _calls():
+        if function == "_save_checkpoint" and "output_dir" in variables:
+            return Path(variables["output_dir"])
+    return None
