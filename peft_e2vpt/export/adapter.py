@@ -100,7 +100,8 @@ def export_adapter(model: nn.Module, adapter_name: str, path: str | Path) -> Pat
         model: a PEFT model with E2VPT.
         adapter_name: an adapter of it in deep mode.
         path: of a `.safetensors` file; or of an `.onnx_adapter` file, ONNX Runtime's own format, which
-            `RunOptions.add_active_adapter` takes for all samples of a run (needs onnxruntime).
+            `RunOptions.add_active_adapter` takes for all samples of a run (needs onnxruntime): in C, C++, C# and Java.
+            `InferenceSession.run` of Python asks for these inputs all the same; give it those of an `AdapterBank`.
 
     Returns:
         The path.
