@@ -154,6 +154,8 @@ class PruneRewindCallback(PruningArguments, TrainerCallback, ExportableState):
         if self._run.pruned:
             folders = (folder, folder.parent)  # older checkpoints have it beside them
             self.report = PruningReport.load(next((f for f in folders if (f / REPORT_NAME).exists()), folder))
+            if trainer.is_world_process_zero():
+                self.report.save(trainer.args.output_dir)  # which may be another folder now
 
     # ------------------------------------------------------------------------------------------------- training begins
     def on_train_begin(

@@ -101,7 +101,9 @@ def test_the_last_checkpoint_of_a_moved_output_folder_is_found(
         shutil.rmtree(output / f"checkpoint-{later}")
     moved = output.rename(tmp_path / "moved")
     monkeypatch.chdir(moved)
+    (moved / "pruning_report.json").unlink()
     assert_same_run(resumed_run(Path("."), True), straight)
+    assert PruningReport.load(moved).step == 4
 
 
 @pytest.mark.parametrize("step", [2, 6])
