@@ -168,6 +168,11 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
         rows = self._rows_of_adapters(num_sequences, dtype)
         return None if rows is None else as_scored(self.site, rows)
 
+    def take_rows_from(self, source: Callable[[int, torch.dtype], Rows | None]) -> None:
+        """Lets rows come from somewhere else than the prompts of this layer, with the signature of `rows`."""
+        self.rows = source  # type: ignore[method-assign, assignment]
+        self._has_given_rows = True
+
     def adapters_of_pass(self) -> Sequence[str]:
         """The adapters that all samples of the forward pass have, in a mixed batch none."""
         choice = current_choice()

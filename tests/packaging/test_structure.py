@@ -20,6 +20,7 @@ ARROWS = {
     "backbones": {"_compat"},
     "attention": {"_compat", "backbones"},
     "tuner": {"_compat", "attention", "backbones", "distributed"},
+    "export": {"attention", "backbones", "tuner"},
     "evaluation": {"distributed"},
     "embeddings": {"_compat", "evaluation"},
     "attention_maps": {"_compat", "attention", "backbones", "evaluation", "tuner"},
