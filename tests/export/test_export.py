@@ -202,7 +202,7 @@ def test_onnxruntime_takes_an_adapter_in_its_own_format(tmp_path: Path) -> None:
     options.add_active_adapter(adapter)
     session = onnxruntime.InferenceSession(tmp_path / "backbone.onnx")
     inputs = {"pixel_values": pixels.numpy(), "adapter_index": np.zeros(len(pixels), np.int64)}
-    # `session.run` refuses what is missing before it counts the inputs of an adapter; other languages have no such check
+    # `session.run` asks for the inputs of an adapter too, before it counts them; other languages do not
     [logits] = session._sess.run(["logits"], inputs, options)
     expected = one_by_one(model, pixels, ["b"] * len(pixels))
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
