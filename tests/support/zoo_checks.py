@@ -404,6 +404,8 @@ def applies(statement: Statement, name: str) -> bool:
         return name not in WITH_ONE_IMPLEMENTATION | AT_ODDS_WITH_ITSELF and not zoo.is_timm(name)
     if statement is rows_equal_inserted_tokens:
         return name in WITH_INSERTION
+    if statement is threads_get_the_answers_of_one:
+        return name != "vilt"  # draws the patches that it looks at from torch's random numbers, which threads share
     if statement is checkpointing_leaves_gradients_equal:
         return name not in WITHOUT_CHECKPOINTING
     if statement is exported_equals_eager:
