@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -42,16 +44,26 @@ def freeze_statistics(model: nn.Module) -> None:
     copies that adapters train, and a norm whose own weights require a gradient. May be called again, where modules
     or adapters have been added.
     """
-    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    trained = {module for wrapper in wrappers for module in wrapper.modules_to_save.modules()}
+    trained = _trained_modules(model)
     for module in model.modules():
         if not keeps_statistics(module):
             continue
         if module in trained or any(w is not None and w.requires_grad for w in module._parameters.values()):
             _thaw(module)
-        elif not isinstance(module.__dict__.get("train"), _StaysInEvalMode):
-            module.__dict__["train"] = _StaysInEvalMode(module)
-            module.training = False
+        else:
+            _freeze(module)
+
+
+def _trained_modules(model: nn.Module) -> set[nn.Module]:
+    """The copies of modules that adapters have, and their parts."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return {module for wrapper in wrappers for module in wrapper.modules_to_save.modules()}
+
+
+def _freeze(module: nn.Module) -> None:
+    if not isinstance(module.__dict__.get("train"), _StaysInEvalMode):
+        module.__dict__["train"] = _StaysInEvalMode(module)
+        module.training = False
 
 
 def _thaw(module: nn.Module) -> None:
@@ -64,6 +76,47 @@ def thaw_statistics(model: nn.Module) -> None:
     """Undoes `freeze_statistics`: modules get the mode that they have been given last."""
     for module in model.modules():
         _thaw(module)
+
+
+def _is_comparable(buffer: Tensor) -> bool:
+    packed = buffer.is_quantized or (buffer.is_floating_point() and buffer.dtype.itemsize == 1)
+    return not (buffer.is_meta or packed)
+
+
+class FirstPass:
+    """The buffers of a frozen backbone before its first forward pass in training mode, of modules that nobody knows.
+
+    Args:
+        model: the adapted model.
+        ours: what belongs to adapters.
+    """
+
+    def __init__(self, model: nn.Module, ours: nn.Module) -> None:
+        left_out = {*_trained_modules(model), *ours.modules()}
+        self._before = [
+            (path, module, name, buffer.detach().clone())
+            for path, module in model.named_modules()
+            if module not in left_out and not isinstance(module.__dict__.get("train"), _StaysInEvalMode)
+            for name, buffer in module._buffers.items()
+            if buffer is not None and _is_comparable(buffer)
+        ]
+
+    def set_back(self) -> None:
+        """Sets buffers back that the pass has changed, and keeps their modules in eval mode from now on."""
+        for path, module, name, before in self._before:
+            after = module._buffers.get(name)
+            if after is None or after.shape != before.shape:
+                continue
+            before = before.to(after.device)
+            if bool(((after == before) | (after != after)).all()):  # NaN is what it was
+                continue
+            module._buffers[name] = before
+            _freeze(module)
+            warnings.warn(
+                f"{path} ({type(module).__name__}) changes its buffer {name!r} in training mode. It belongs to the "
+                "frozen backbone: its value has been set back, and the module stays in eval mode from now on.",
+                stacklevel=3,
+            )
 
 
 # ------------------------------------------------------------------------------------------------ gradients of inputs

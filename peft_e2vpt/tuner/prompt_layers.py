@@ -15,6 +15,7 @@ from .._compat import bring_back, device_and_dtype
 from ..attention.rows import as_added
 from ..backbones.sites import AttentionSite, WeakModule, towers_that_add_masks
 from .frozen import (
+    FirstPass,
     freeze_statistics,
     give_back_input_hooks,
     lost_gradients,
@@ -64,8 +65,10 @@ class PromptLayers(nn.ModuleDict):
         ]
         checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._checkpointing = [WeakModule(module) for module in checkpointing]
-        self._handles.append(model.register_forward_pre_hook(self._bring_prompts_back))
-        self._handles.append(model.register_forward_hook(self._check_that_gradients_arrive))
+        self._handles.append(model.register_forward_pre_hook(self._begin_pass))
+        self._handles.append(model.register_forward_hook(self._end_pass))
+        self._first_pass: FirstPass | None = None
+        self._has_trained = False
         self._checked: Any = None  # the checkpoint function with which gradients have been looked at
         self._model = WeakModule(model)
         take_over_input_hooks(model)
@@ -94,10 +97,23 @@ class PromptLayers(nn.ModuleDict):
         freeze_statistics(self._model())
         take_over_input_hooks(self._model())
 
-    def _bring_prompts_back(self, model: nn.Module, args: Any) -> None:
-        """Takes prompts back that Accelerate has offloaded with the base model: nothing would load them."""
-        if not torch.compiler.is_compiling() and next(self.parameters()).is_meta:
+    def _begin_pass(self, model: nn.Module, args: Any) -> None:
+        """Takes prompts back that Accelerate has offloaded with the base model, where nothing would load them."""
+        if torch.compiler.is_compiling():
+            return
+        if next(self.parameters()).is_meta:
             bring_back(self)
+        if self.training and not self._has_trained:
+            self._has_trained, self._first_pass = True, FirstPass(model, self)
+
+    def _end_pass(self, model: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._first_pass is not None:
+            first, self._first_pass = self._first_pass, None
+            first.set_back()
+        if self.training and self._is_trained_with_checkpoints():
+            self._check_that_gradients_arrive(model, output)
 
     def _checkpoint_function(self) -> Any:
         """What runs the blocks of the model while it saves activations; `None` where it does not."""
@@ -118,10 +134,8 @@ class PromptLayers(nn.ModuleDict):
             return requiring_gradient(output)
         return None
 
-    def _check_that_gradients_arrive(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _check_that_gradients_arrive(self, model: nn.Module, output: Any) -> None:
         """Warns once where reentrant checkpoints of the model pass no gradient on."""
-        if not self.training or torch.compiler.is_compiling() or not self._is_trained_with_checkpoints():
-            return
         function = self._checkpoint_function()
         if function is self._checked:
             return
