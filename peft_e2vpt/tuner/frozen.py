@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -46,18 +45,15 @@ def freeze_statistics(model: nn.Module) -> None:
     """
     trained = _trained_modules(model)
     for module in model.modules():
-        if not keeps_statistics(module):
-            continue
-        if module in trained or any(w is not None and w.requires_grad for w in module._parameters.values()):
-            _thaw(module)
-        else:
-            _freeze(module)
+        if keeps_statistics(module):
+            (_thaw if module in trained else _freeze)(module)
 
 
 def _trained_modules(model: nn.Module) -> set[nn.Module]:
-    """The copies of modules that adapters have, and their parts."""
-    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    return {module for wrapper in wrappers for module in wrapper.modules_to_save.modules()}
+    """The copies of modules that adapters have, with their parts, and what has weights that require a gradient."""
+    modules = list(model.modules())
+    copies = {part for w in modules if isinstance(w, ModulesToSaveWrapper) for part in w.modules_to_save.modules()}
+    return copies.union(m for m in modules if any(w is not None and w.requires_grad for w in m._parameters.values()))
 
 
 def _freeze(module: nn.Module) -> None:
