@@ -320,8 +320,8 @@ def _projected(prompts: Prompts, visual_prompts: Tensor, dtype: torch.dtype) -> 
     site = prompts.site
     if not prompts.training and not visual_prompts.shape[1]:  # quantised layers cannot scale nothing
         shape = len(visual_prompts), site.num_key_value_heads, 0
-        nothing = visual_prompts.to(dtype)
-        return nothing.new_zeros(*shape, site.key_dim), nothing.new_zeros(*shape, site.value_dim)
+        nothing = visual_prompts.to(dtype)  # reshaped, so that it stays in the graph
+        return nothing.reshape(*shape, site.key_dim), nothing.reshape(*shape, site.value_dim)
     key, value = site.project(visual_prompts, dtype)
     measured = prompts.training or prompts.gate_override is not None
     if measured and torch.is_grad_enabled() and visual_prompts.requires_grad and not site.lets_gradients_through(key):
