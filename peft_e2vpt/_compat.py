@@ -8,7 +8,8 @@ import math
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from types import MethodType
+from itertools import chain
+from types import FrameType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ __all__ = [
     "offload_device",
     "packed_weights",
     "peft_type",
+    "running_calls",
     "stops_gradients",
     "takes_processor",
     "unwatched",
@@ -231,13 +233,15 @@ def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype | Non
         The device, that of its weights or the one to which Accelerate loads them, and the type of its first weight
         that has at least 16 bits. torch's own quantised layers take float32. `None` where no weight tells the type.
     """
-    packed = list(packed_weights(module))
-    tensors = [*module.parameters(), *module.buffers(), *packed]
-    device = tensors[0].device if tensors else torch.get_default_device()
+    tensors = chain(module.parameters(), module.buffers(), packed_weights(module))
+    first = next(tensors, None)  # often enough: a forward pass asks
+    if first is None:
+        return torch.get_default_device(), None
+    device = first.device
     if device.type == "meta":
         device = offload_device(module) or device
-    dtypes = [tensor.dtype for tensor in tensors if _is_full(tensor.dtype)]
-    return device, dtypes[0] if dtypes else torch.float32 if packed else None
+    dtype = next((tensor.dtype for tensor in chain((first,), tensors) if _is_full(tensor.dtype)), None)
+    return device, torch.float32 if dtype is None and has_packed_layers(module) else dtype
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -265,8 +269,22 @@ class Origin(NamedTuple):
 
 
 DOWNLOAD_ARGUMENTS = (
-    *("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies"),
+    "revision",
+    "subfolder",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "proxies",
 )
+
+
+def running_calls() -> Iterator[FrameType]:
+    """The frames of the function calls that are running, the innermost first, without this one."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _code_of(function: Any) -> Any:
@@ -284,8 +302,7 @@ def loaded_from() -> Origin | None:
     Both make the adapter first and look for its tensors afterwards, and tell a tuner of neither. So this looks at
     their local variables, which are the arguments of their public methods.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in running_calls():
         code, found = frame.f_code, frame.f_locals
         if code is _FROM_PRETRAINED or code is _LOAD_ADAPTER:
             settings = {**found.get("hf_hub_download_kwargs", {}), **found.get("kwargs", {})}
@@ -295,7 +312,6 @@ def loaded_from() -> Origin | None:
                 return None
             settings = getattr(found.get("load_config"), "download_kwargs", None) or {}
             return _origin(found["peft_model_id"], settings, by_transformers=True)
-        frame = frame.f_back  # type: ignore[assignment]
     return None
 
 
@@ -336,7 +352,7 @@ def _ways(sequence: Any, length: int) -> float:
                 ways = math.inf
         elif code in (regex_codes.ASSERT, regex_codes.ASSERT_NOT):
             ways *= _ways(argument[1], length)
-        elif str(code) in ("ATOMIC_GROUP",):
+        elif str(code) == "ATOMIC_GROUP":
             ways *= _ways(argument, length)
         elif str(code) == "GROUPREF_EXISTS":
             ways *= sum(_ways(branch, length) for branch in argument[1:] if branch is not None)

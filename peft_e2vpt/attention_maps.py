@@ -18,7 +18,7 @@ from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 
 from ._compat import device_and_dtype
-from .attention.interface import config_of, eager_attention_of, running_as
+from .attention.interface import config_of, eager_attention_of, running_eagerly
 from .backbones.sites import AttentionSite, find_attention_sites
 from .evaluation import no_trace
 from .tuner.layer import E2VPTLayer
@@ -172,7 +172,7 @@ def _visit(
     adapted = {layer.site.attention: layer for layer in layers}
     with ExitStack() as stack:
         stack.enter_context(no_trace(model, ()))
-        stack.enter_context(running_as("eager", attention_configs(layers), lambda name: name != "eager"))
+        stack.enter_context(running_eagerly(attention_configs(layers)))
         for index, site in _sites_of_towers(model, layers):
             hook = partial(_show, index, site, adapted.get(site.attention), container, prefix, visit)
             stack.callback(site.attention.register_forward_hook(hook).remove)

@@ -10,7 +10,7 @@ the rows from their owner, puts them beside keys and values and calls the implem
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,19 +73,17 @@ def config_of(attention: Any) -> Any:
 
 
 @contextmanager
-def running_as(implementation: str, configs: Iterable[Any], instead_of: Callable[[str], bool]) -> Iterator[None]:
-    """Runs a block with another attention implementation.
+def running_eagerly(configs: Iterable[Any]) -> Iterator[None]:
+    """Runs a block with the eager attention implementation, which gives weights.
 
     Args:
-        implementation: its name.
         configs: the configs of the towers that run with it; the same one may come again.
-        instead_of: which implementations give way to it, by their names.
     """
-    switched = {id(config): config for config in configs if instead_of(config._attn_implementation)}
+    switched = {id(config): config for config in configs if config._attn_implementation != "eager"}
     before = {key: config._attn_implementation for key, config in switched.items()}
     try:
         for config in switched.values():
-            config._attn_implementation = implementation
+            config._attn_implementation = "eager"
         yield
     finally:
         for key, config in switched.items():

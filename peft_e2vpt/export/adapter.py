@@ -15,16 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..attention.rows import side_by_side
-from ..tuner.heads import wrappers
-from ..tuner.layer import E2VPTLayer
-from ..tuner.prompt_layers import adapted_model, prompt_layers
-from ..tuner.prompts import as_scored, rows_of_prompts
-from .layout import FORMAT, GraphLayout, base_of, layout_of, tensors_of
+from ..tuner.heads import HeadWrapper, classes_shown, wrappers
+from ..tuner.prompt_layers import prompt_layers
+from ..tuner.prompts import as_scored, rows_of_constants
+from .layout import FORMAT, GraphLayout, base_of, class_names, layout_of, tensors_of
 
 
 KIND = "peft_e2vpt exported adapter"
-BASE = "__base__"  # PEFT's name for no adapter
 NO_ROW = -1e4  # bias of a row that is not there: its weight is exactly 0, in half precision too
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -61,33 +58,36 @@ def _tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """Rows (H, P, d) and biases (P,) by the number of the attention, and the tensors of the heads."""
     tensors: dict[str, torch.Tensor] = {}
     for layer in prompt_layers(model):
-        rows = None
-        if adapter_name in layer.e2vpt_config:
-            rows = side_by_side(rows_of_prompts(layer, adapter_name, None, _dtype_of(layer)))
-        if rows is None or not rows.key.shape[2]:
+        if adapter_name not in layer.e2vpt_config or not layer.num_rows(adapter_name):
             continue
-        rows = as_scored(layer.site, rows)
+        constants = rows_of_constants(layer, adapter_name, layer.computed_rows(adapter_name))
+        rows = as_scored(layer.site, constants)
         tensors[f"rows.{layer.index}.keys"], tensors[f"rows.{layer.index}.values"] = rows.key[0], rows.value[0]
         if rows.score_bias is not None:
             tensors[f"rows.{layer.index}.bias"] = rows.score_bias[0]
     for path, wrapper in wrappers(base_of(model)):
-        own = adapter_name in wrapper.modules_to_save
-        head = wrapper.modules_to_save[adapter_name] if own else wrapper.original_module
+        assert isinstance(wrapper, HeadWrapper)
+        head = wrapper.of_adapter(adapter_name)
         tensors.update({f"head.{path}.{name}": tensor for name, tensor in tensors_of(head).items()})
+    return tensors
+
+
+def write_adapter(
+    path: Path, layout: GraphLayout, name: str, labels: list[str], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Writes what `read_adapter` reads, in float32."""
+    metadata = {
+        "kind": KIND,
+        "format": str(FORMAT),
+        "name": name,
+        "fingerprint": layout.fingerprint,
+        "labels": json.dumps(labels),
+    }
+    save_file(_in_float32(tensors), path, metadata)
+
+
+def _in_float32(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.to("cpu", torch.float32).contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _dtype_of(layer: E2VPTLayer) -> torch.dtype:
-    _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-    return dtype or torch.get_default_dtype()
-
-
-def _labels(model: nn.Module, adapter_name: str) -> list[str]:
-    from ..tuner.heads import classes_shown
-
-    with classes_shown(model, adapter_name):
-        id2label = getattr(adapted_model(model).config, "id2label", None) or {}
-        return [id2label[number] for number in sorted(id2label)]
 
 
 def export_adapter(model: nn.Module, adapter_name: str, path: str | Path) -> Path:
@@ -121,20 +121,14 @@ def export_adapter(model: nn.Module, adapter_name: str, path: str | Path) -> Pat
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"The adapter {adapter_name!r} has values that are not finite, in {broken[0]}.")
-    labels = _labels(model, adapter_name)
+    with classes_shown(model, adapter_name):
+        labels = class_names(base_of(model))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".onnx_adapter":
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        arrays = {name: tensor.numpy() for name, tensor in _in_float32(tensors).items()}
         _write_for_onnxruntime(layout, arranged(layout, arrays, adapter_name, labels), path)
         return path
-    metadata = {
-        "kind": KIND,
-        "format": str(FORMAT),
-        "name": adapter_name,
-        "fingerprint": layout.fingerprint,
-        "labels": json.dumps(labels),
-    }
-    save_file(tensors, path, metadata)
+    write_adapter(path, layout, adapter_name, labels, tensors)
     return path
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -21,9 +19,10 @@ from ..attention.rows import Rows
 from ..backbones.sites import find_attention_sites
 from ..tuner.config import E2VPTConfig
 from ..tuner.layer import E2VPTLayer
+from ..tuner.mixed_batch import BASE
 from ..tuner.prompt_layers import prompt_layers
-from .adapter import KIND
-from .layout import FORMAT, GraphLayout, base_of, layout_of, tensors_of
+from .adapter import write_adapter
+from .layout import GraphLayout, base_of, layout_of, tensors_of
 
 
 LAYOUT_FILE, BASE_FILE = "backbone.json", "base.safetensors"
@@ -66,12 +65,17 @@ class _GivenHead(nn.Module):
     def __init__(self, adapters: _Adapters, path: str, head: nn.Module, per_sample: bool) -> None:
         super().__init__()
         self._adapters, self._path, self._per_sample = adapters, path, per_sample
-        self._head = (head,)  # in a tuple, it is no child: its weights are no weights of the graph
+        self._original = (head,)  # in a tuple, it is no child: its weights are no weights of the graph
+
+    @property
+    def original(self) -> nn.Module:
+        """The head that the model had."""
+        return self._original[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self._adapters.heads[self._path]
         if not self._per_sample:
-            return functional_call(self._head[0], tensors, args, kwargs)
+            return functional_call(self.original, tensors, args, kwargs)
         [hidden] = (*args, *kwargs.values())
         product = torch.einsum("bcd,b...d->b...c", tensors["weight"], hidden)
         if "bias" not in tensors:
@@ -263,21 +267,14 @@ def export_backbone(
     else:
         torch.export.save(program, folder / GRAPH_FILES[format])
     (folder / LAYOUT_FILE).write_text(layout.to_json(), encoding="utf-8")
-    _save_base_heads(graph, layout, folder / BASE_FILE)
+    write_adapter(folder / BASE_FILE, layout, BASE, list(layout.labels), _heads_of_base(graph, layout))
     return layout
 
 
-def _save_base_heads(graph: BackboneGraph, layout: GraphLayout, path: Path) -> None:
+def _heads_of_base(graph: BackboneGraph, layout: GraphLayout) -> dict[str, Tensor]:
+    """The tensors of the heads that the model had without adapters, by their names in an adapter's file."""
     tensors = {}
     for head in layout.heads:
-        module: Any = graph.base.get_submodule(head.path)
-        for name, tensor in tensors_of(module._head[0]).items():
-            tensors[f"head.{head.path}.{name}"] = tensor.float().cpu().contiguous().clone()
-    metadata = {
-        "kind": KIND,
-        "format": str(FORMAT),
-        "name": "__base__",
-        "fingerprint": layout.fingerprint,
-        "labels": json.dumps(list(layout.labels)),
-    }
-    save_file(tensors, path, metadata)
+        given: Any = graph.base.get_submodule(head.path)
+        tensors.update({f"head.{head.path}.{name}": tensor for name, tensor in tensors_of(given.original).items()})
+    return tensors

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .adapter import BASE, AdapterRows, read_adapter, tables
+from ..tuner.mixed_batch import BASE
+from .adapter import AdapterRows, read_adapter, tables
 from .backbone import BASE_FILE, LAYOUT_FILE
 from .layout import GraphLayout
 

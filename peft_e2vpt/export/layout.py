@@ -139,6 +139,12 @@ def base_of(model: nn.Module) -> nn.Module:
     return base
 
 
+def class_names(base: nn.Module) -> list[str]:
+    """The classes that the config of a model names now, in the order of the logits; none where it names none."""
+    id2label = getattr(getattr(base, "config", None), "id2label", None) or {}
+    return [id2label[number] for number in sorted(id2label)]
+
+
 def tensors_of(head: nn.Module) -> dict[str, Tensor]:
     """What makes up a head: parameters and floating point buffers, by name."""
     buffers = {name: buffer for name, buffer in head.named_buffers() if buffer.is_floating_point()}
@@ -191,11 +197,10 @@ def layout_of(model: nn.Module) -> GraphLayout:
     for path, module in found.items():
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(module).items()}
         heads.append(Head(path, shapes, type(module) is nn.Linear))
-    id2label = getattr(getattr(base, "config", None), "id2label", None) or {}
     return GraphLayout(
         model=type(base).__name__,
         fingerprint=_fingerprint(base, list(found)),
         groups=tuple(AttentionGroup(tuple(numbers), *shape) for shape, numbers in groups.items()),
         heads=tuple(heads),
-        labels=tuple(id2label[number] for number in sorted(id2label)),
+        labels=tuple(class_names(base)),
     )

@@ -234,10 +234,15 @@ def check_settings(
             raise ValueError(mismatch(where, name, weight, found[weight], shape))
 
 
-def _outline(cls: Any, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+def built_in_outline(cls: Any, config: PreTrainedConfig) -> Any:
+    """A model of a class, without memory for its weights."""
     with torch.device("meta"):
-        model = cls(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
-    return {weight: tuple(parameter.shape) for weight, parameter in model.named_parameters()}
+        return cls(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
+
+
+def _outline(cls: Any, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    parameters = built_in_outline(cls, config).named_parameters()
+    return {weight: tuple(parameter.shape) for weight, parameter in parameters}
 
 
 def mismatch(where: str, name: str, weight: str, found: Iterable[int], needed: Iterable[int]) -> str:

@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 
 from ..tuner.config import E2VPTConfig
-from .base_model import check_settings, check_size, class_of, config_class_of, is_part_of, mismatch, settings_for
+from .base_model import (
+    built_in_outline,
+    check_settings,
+    check_size,
+    class_of,
+    config_class_of,
+    is_part_of,
+    mismatch,
+    settings_for,
+)
 from .files import checked_tensors, read_config
 
 
@@ -194,8 +202,7 @@ def load_in_outline(
     named = _with_labels(where, config, settings)
     settings = {**_stored_settings(where, config, cls, name, named, settings), **named}
     of_base = config_class_of(cls).from_pretrained(name, **settings)
-    with torch.device("meta"):
-        base = cls(of_base) if issubclass(cls, transformers.PreTrainedModel) else cls.from_config(of_base)
+    base = built_in_outline(cls, of_base)
     base.to_empty(device="cpu")
     return PeftModel.from_pretrained(base, where, config=config, revision=revision, subfolder=subfolder)
 

@@ -6,23 +6,15 @@ Paths that a checkpoint holds are wrong once its folder has moved, so they are a
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._compat import running_calls
 
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-
-def _calls() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The function calls that are running, the innermost first: name and local variables."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        yield frame.f_code.co_name, frame.f_locals
-        frame = frame.f_back
 
 
 def running_trainer() -> Trainer:
@@ -33,9 +25,9 @@ def running_trainer() -> Trainer:
     """
     from transformers import Trainer  # brings datasets and pandas, which importing this package does not need
 
-    for _, variables in _calls():
-        if isinstance(variables.get("self"), Trainer):
-            trainer: Trainer = variables["self"]
+    for call in running_calls():
+        if isinstance(call.f_locals.get("self"), Trainer):
+            trainer: Trainer = call.f_locals["self"]
             return trainer
     raise RuntimeError("PruneRewindCallback works inside Trainer.train(): pass it as Trainer(callbacks=[...]).")
 
@@ -46,9 +38,9 @@ def resumed_checkpoint(trainer: Trainer) -> Path:
     Raises:
         RuntimeError: the Trainer was given its state in another way than `resume_from_checkpoint`.
     """
-    for _, variables in _calls():
-        folder = variables.get("resume_from_checkpoint")
-        if variables.get("self") is trainer and isinstance(folder, (str, os.PathLike)):
+    for call in running_calls():
+        folder = call.f_locals.get("resume_from_checkpoint")
+        if call.f_locals.get("self") is trainer and isinstance(folder, (str, os.PathLike)):
             return Path(folder)
     raise RuntimeError(
         f"Training begins at step {trainer.state.global_step}, but from no checkpoint that PruneRewindCallback can "
@@ -58,7 +50,7 @@ def resumed_checkpoint(trainer: Trainer) -> Path:
 
 def written_checkpoint() -> Path | None:
     """The folder of the checkpoint that a Trainer is writing, `None` where none is."""
-    for function, variables in _calls():
-        if function == "_save_checkpoint" and "output_dir" in variables:
-            return Path(variables["output_dir"])
+    for call in running_calls():
+        if call.f_code.co_name == "_save_checkpoint" and "output_dir" in call.f_locals:
+            return Path(call.f_locals["output_dir"])
     return None

@@ -68,10 +68,11 @@ class HeadWrapper(ModulesToSaveWrapper):
         if choice is None or len(choice.active) > 1:
             return super().forward(*args, **kwargs)
         if choice.mixed is None:
-            return self._of_adapter(choice.active[0] if choice.active else None)(*args, **kwargs)
+            return self.of_adapter(choice.active[0] if choice.active else None)(*args, **kwargs)
         return self._one_per_sample(list(choice.mixed.of_samples), *args, **kwargs)
 
-    def _of_adapter(self, name: str | None) -> nn.Module:
+    def of_adapter(self, name: str | None) -> nn.Module:
+        """The copy of an adapter, or the original where it has none."""
         module: nn.Module = self.modules_to_save[name] if name in self.modules_to_save else self.original_module
         return module
 
@@ -91,7 +92,7 @@ class HeadWrapper(ModulesToSaveWrapper):
         for owner in dict.fromkeys(owners):
             places = [i for i, other in enumerate(owners) if other == owner]
             samples.append(torch.tensor(places, device=tensors[0].device))
-            parts[owner] = self._of_adapter(owner)(
+            parts[owner] = self.of_adapter(owner)(
                 *(_part_of(value, samples[-1], batch) for value in args),
                 **{key: _part_of(value, samples[-1], batch) for key, value in kwargs.items()},
             )

@@ -268,8 +268,11 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
     def refresh_merged_rows(self) -> None:
         """Computes constants anew; called where prompts, gates or projections are known to have changed."""
         for adapter_name in self.merged_adapters:
-            if all(map(has_values, self._sources(adapter_name))):
-                self._keep(adapter_name, self.computed_rows(adapter_name))
+            self._refresh(adapter_name)
+
+    def _refresh(self, adapter_name: str) -> None:
+        if all(map(has_values, self._sources(adapter_name))):
+            self._keep(adapter_name, self.computed_rows(adapter_name))
 
     def _keep(self, adapter_name: str, rows: Tensor) -> None:
         self._merged_from[adapter_name] = tuple(map(Seen.now, self._sources(adapter_name)))
@@ -302,7 +305,8 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
 
     def set_gates(self, adapter_name: str, token: Tensor, segment: Tensor) -> None:
         super().set_gates(adapter_name, token, segment)
-        self.refresh_merged_rows()
+        if adapter_name in self.merged_adapters:
+            self._refresh(adapter_name)
 
     def train(self, mode: bool = True) -> E2VPTLayer:
         """Sets training or eval mode; constants are computed anew after training, and where prompts have changed."""

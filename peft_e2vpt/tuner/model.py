@@ -22,7 +22,7 @@ from .layer import E2VPTLayer
 from .mixed_batch import BASE, SWITCHING, active_adapters_kept, check_adapter_names, one_adapter_per_sample
 from .prompt_layers import CONTAINER, PromptLayers, restore_base_model, tag
 from .shallow import ShallowInsertion
-from .state_dict import TunerOnDisk, check_file, shapes_of_prompts, values_of_heads
+from .state_dict import TunerOnDisk, check_file, shapes_in_file, values_of_heads
 from .targets import (
     cast_heads,
     check_adapter_name,
@@ -123,7 +123,7 @@ class E2VPTModel(TunerOnDisk):
             config.companion.tensors(origin),
             self.model,
             config,
-            shapes_of_prompts(config, [self._sites[name] for name in self._targets]),
+            shapes_in_file(config, [self._sites[name] for name in self._targets]),
             values_of_heads(self.model, self._heads),
             len(self.peft_config) > 1 and not origin.by_transformers,
             origin.by_transformers,

@@ -101,7 +101,7 @@ class PromptLayers(nn.ModuleDict):
         """Takes prompts back that Accelerate has offloaded with the base model, where nothing would load them."""
         if torch.compiler.is_compiling():
             return
-        if next(self.parameters()).is_meta:
+        if any(parameter.is_meta for parameter in self.parameters()):
             bring_back(self)
         if self.training and not self._has_trained:
             self._has_trained, self._first_pass = True, FirstPass(model, self)

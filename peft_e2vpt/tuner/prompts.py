@@ -40,6 +40,17 @@ def _draw(
     return values.uniform_(-bound, bound, generator=generator)
 
 
+def shapes_of_prompts(site: AttentionSite, config: E2VPTConfig) -> dict[str, torch.Size]:
+    """The shapes of visual prompts, their gates and key-value prompts of a self-attention that owns them all."""
+    count, copies = config.num_visual_prompts, 1 if config.share_kv_prompts else 2
+    return {
+        "visual_prompts": torch.Size((count, site.width)),
+        "token_gates": torch.Size((count,)),
+        "segment_gates": torch.Size((count, config.num_segments)),
+        "kv_prompts": torch.Size((copies, site.num_key_value_heads, config.num_kv_prompts, site.head_dim)),
+    }
+
+
 class Prompts(nn.Module):
     """The prompts of one self-attention, per adapter, and what their gates leave of them.
 
@@ -82,22 +93,17 @@ class Prompts(nn.Module):
             has_visual_prompts: whether this attention owns visual prompts (in shallow mode only the first does).
             kv_source: the prompts whose key-value prompts this attention uses instead of its own.
         """
-        self.e2vpt_config[adapter_name] = config
+        self.e2vpt_config[adapter_name], shapes = config, shapes_of_prompts(self.site, config)
         if has_visual_prompts and config.num_visual_prompts:
-            count, segments = config.num_visual_prompts, config.num_segments
-            self.e2vpt_visual_prompts[adapter_name] = nn.Parameter(torch.zeros(count, self.site.width))
-            self.e2vpt_token_gates[adapter_name] = torch.ones(count)
-            self.e2vpt_segment_gates[adapter_name] = torch.ones(count, segments)
+            self.e2vpt_visual_prompts[adapter_name] = nn.Parameter(torch.zeros(shapes["visual_prompts"]))
+            self.e2vpt_token_gates[adapter_name] = torch.ones(shapes["token_gates"])
+            self.e2vpt_segment_gates[adapter_name] = torch.ones(shapes["segment_gates"])
             self.e2vpt_gate_effects[adapter_name] = GateEffect()
         if kv_source is not None:
             self.e2vpt_kv_source[adapter_name] = (kv_source,)
         elif config.num_kv_prompts:
-            self.e2vpt_kv_prompts[adapter_name] = nn.Parameter(torch.zeros(self._kv_shape(config)))
+            self.e2vpt_kv_prompts[adapter_name] = nn.Parameter(torch.zeros(shapes["kv_prompts"]))
         self.draw_prompts(adapter_name, config.seed)
-
-    def _kv_shape(self, config: E2VPTConfig) -> tuple[int, ...]:
-        site, copies = self.site, 1 if config.share_kv_prompts else 2
-        return copies, site.num_key_value_heads, config.num_kv_prompts, site.head_dim
 
     @torch.no_grad()
     def draw_prompts(self, adapter_name: str, seed: int | None) -> None:
@@ -109,14 +115,13 @@ class Prompts(nn.Module):
         """
         config, site = self.e2vpt_config[adapter_name], self.site
         generator = None if seed is None else torch.Generator("cpu").manual_seed(seed + 7919 * self.index)
-        fans = 3 * site.patch_area + site.width
+        fans, shapes = 3 * site.patch_area + site.width, shapes_of_prompts(site, config)
         if adapter_name in self.e2vpt_visual_prompts:
-            shape = (config.num_visual_prompts, site.width)
-            drawn = _draw(shape, config.visual_prompt_init, site.width, fans, generator)
+            drawn = _draw(shapes["visual_prompts"], config.visual_prompt_init, site.width, fans, generator)
             assign(self.e2vpt_visual_prompts[adapter_name], drawn)
         if adapter_name in self.e2vpt_kv_prompts:
             fan_in = config.num_kv_prompts * site.head_dim
-            drawn = _draw(self._kv_shape(config), config.kv_prompt_init, fan_in, fans, generator)
+            drawn = _draw(shapes["kv_prompts"], config.kv_prompt_init, fan_in, fans, generator)
             assign(self.e2vpt_kv_prompts[adapter_name], drawn)
 
     # ------------------------------------------------------------------------------------------------------- reading
@@ -209,7 +214,8 @@ class Prompts(nn.Module):
         stored[0].copy_(token)
         stored[1].copy_(segment)
         self.clear_pruned_values(adapter_name)
-        self.refresh_gates()
+        if has_values(stored[0]):
+            self._work_out(adapter_name)
 
     def gates(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """The gates (M,) and (M, R) of an adapter's visual prompts, those of an average of models as 0 and 1."""
@@ -320,8 +326,8 @@ def _projected(prompts: Prompts, visual_prompts: Tensor, dtype: torch.dtype) -> 
     site = prompts.site
     if not prompts.training and not visual_prompts.shape[1]:  # quantised layers cannot scale nothing
         shape = len(visual_prompts), site.num_key_value_heads, 0
-        nothing = visual_prompts.to(dtype)
-        return nothing.new_zeros(*shape, site.key_dim), nothing.new_zeros(*shape, site.value_dim)
+        nothing = visual_prompts.to(dtype)  # reshaped, so that it stays in the graph
+        return nothing.reshape(*shape, site.key_dim), nothing.reshape(*shape, site.value_dim)
     key, value = site.project(visual_prompts, dtype)
     measured = prompts.training or prompts.gate_override is not None
     if measured and torch.is_grad_enabled() and visual_prompts.requires_grad and not site.lets_gradients_through(key):

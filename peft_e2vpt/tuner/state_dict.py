@@ -20,6 +20,7 @@ from .config import E2VPTConfig
 from .gates import BY_TRANSFORMERS, as_switches, kept_values
 from .heads import ClassesOfAdapters, can_resize, named, resize, wrappers
 from .prompt_layers import CONTAINER, adapted_model, prompt_layers
+from .prompts import shapes_of_prompts
 
 
 PREFIX = "base_model.model."  # of all names in a file
@@ -100,7 +101,7 @@ def without_pruned_values(model: nn.Module, tensors: dict[str, Tensor], adapter_
             kept = layers[key.split(".")[-3]].kept(adapter_name)
             if not kept.all():
                 tensors[key] = tensor[kept.to(tensor.device)]
-        elif "_gates." in key and ".e2vpt_" in key:
+        elif _is_gate(key):
             config = layers[key.split(".")[-3]].e2vpt_config[adapter_name]
             tensors[key] = as_switches(tensor, config.pruned_prompts)
     return tensors
@@ -295,7 +296,7 @@ def _all_finite(tensor: Tensor) -> bool:
     return tensor.is_meta or bool(tensor.float().isfinite().all())
 
 
-def shapes_of_prompts(config: E2VPTConfig, sites: Sequence[tuple[int, AttentionSite]]) -> dict[str, Size]:
+def shapes_in_file(config: E2VPTConfig, sites: Sequence[tuple[int, AttentionSite]]) -> dict[str, Size]:
     """The tensors of an adapter's prompts and gates, by their names in its file, before there are any.
 
     Args:
@@ -303,17 +304,13 @@ def shapes_of_prompts(config: E2VPTConfig, sites: Sequence[tuple[int, AttentionS
         sites: the adapted self-attentions by number, in the order of the layers.
     """
     shapes: dict[str, Size] = {}
-    count, segments = config.num_visual_prompts, config.num_segments
-    copies = 1 if config.share_kv_prompts else 2
     for index, site in sites:
-        prefix, is_first = f"{PREFIX}{CONTAINER}.{index}.e2vpt_", index == sites[0][0]
-        if count and (is_first or config.visual_prompt_mode == "deep"):
-            shapes[f"{prefix}visual_prompts"] = Size((count, site.width))
-            shapes[f"{prefix}token_gates"] = Size((count,))
-            shapes[f"{prefix}segment_gates"] = Size((count, segments))
-        if config.num_kv_prompts and (is_first or not config.share_kv_prompts_across_layers):
-            heads, width = site.num_key_value_heads, site.head_dim
-            shapes[f"{prefix}kv_prompts"] = Size((copies, heads, config.num_kv_prompts, width))
+        is_first = index == sites[0][0]
+        has_visual = config.num_visual_prompts > 0 and (is_first or config.visual_prompt_mode == "deep")
+        has_kv = config.num_kv_prompts > 0 and (is_first or not config.share_kv_prompts_across_layers)
+        for kind, shape in shapes_of_prompts(site, config).items():
+            if has_kv if kind == "kv_prompts" else has_visual:
+                shapes[f"{PREFIX}{CONTAINER}.{index}.e2vpt_{kind}"] = shape
     return shapes
 
 
@@ -342,7 +339,7 @@ def check_file(
         path: the file.
         model: the model that is about to be adapted.
         config: configuration of the adapter.
-        prompts: the shapes that prompts and gates need, as `shapes_of_prompts` gives them.
+        prompts: the shapes that prompts and gates need, as `shapes_in_file` gives them.
         heads: the parameters and buffers of the modules that the adapter trains in full, as the model has them.
         any_classes: whether they may have another number of classes in the file.
         by_transformers: whether transformers itself loads the file, which cannot load pruned prompts.

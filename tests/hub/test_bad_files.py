@@ -18,9 +18,8 @@ from torch import Tensor
 import peft_e2vpt
 from peft_e2vpt import E2VPTConfig
 from peft_e2vpt._compat import loaded_from
-from tests.support.adapted import config_of, predict, prune, trained
+from tests.support.adapted import config_of, predict, prune, save_with_base
 from tests.support.command_line import fail
-from tests.support.models import build
 
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,10 +40,7 @@ class Good(NamedTuple):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Good:
     folder = tmp_path_factory.mktemp("good")
-    base, inputs = build("vit")
-    base.save_pretrained(folder / "base")
-    base = transformers.ViTForImageClassification.from_pretrained(folder / "base")
-    trained(get_peft_model(base, config_of())).save_pretrained(folder / "adapter")
+    _, _, inputs = save_with_base(folder)
     return Good(folder / "base", folder / "adapter", inputs)
 
 

@@ -7,7 +7,6 @@ other bytes or another length. A further model of the same base is loaded betwee
 
 from __future__ import annotations
 
-import copy
 import json
 import resource
 import string
@@ -18,17 +17,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 
 import peft_e2vpt
 from peft_e2vpt import E2VPTConfig
 from peft_e2vpt_cli.content import inspect_adapter
-from tests.support.adapted import config_of, predict, trained
-from tests.support.models import build
+from tests.support.adapted import predict, save_with_base
 
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -53,14 +50,10 @@ class Good(NamedTuple):
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
     folder = tmp_path_factory.mktemp("fuzz")
-    base, inputs = build("vit")
-    base.save_pretrained(folder / "base")
-    base = transformers.ViTForImageClassification.from_pretrained(folder / "base")
-    model = trained(get_peft_model(copy.deepcopy(base), config_of(target_modules=r".*\.attention"))).eval()
-    model.save_pretrained(folder / "adapter")
+    base, model, inputs = save_with_base(folder, target_modules=r".*\.attention")
     content = json.loads((folder / "adapter" / CONFIG).read_text())
     state = {name: value.clone() for name, value in base.state_dict().items()}
-    answer = predict(model, inputs)
+    answer = predict(model.eval(), inputs)
     return Good(folder, content, (folder / "adapter" / TENSORS).read_bytes(), base.eval(), inputs, answer, state)
 
 
@@ -188,37 +181,32 @@ def is_of_e2vpt(folder: Path) -> bool:
     return isinstance(content, dict) and content.get("peft_type") == "E2VPT"
 
 
-def test_a_config_with_other_fields_ends_in_a_clear_error_or_a_model(good: Good) -> None:
+def outcomes_of(good: Good, files: st.SearchStrategy[tuple[str, bytes]]) -> dict[str, int]:
+    """How often loading ended in what way, for many pairs of a config and a file of tensors."""
     outcomes: dict[str, int] = {}
 
     @FUZZ
-    @given(configs(good.config))
-    def load(text: str) -> None:
+    @given(files)
+    def load(content: tuple[str, bytes]) -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            (folder / CONFIG).write_text(text)
-            (folder / TENSORS).write_bytes(good.tensors)
+            (folder / CONFIG).write_text(content[0])
+            (folder / TENSORS).write_bytes(content[1])
             ended = outcome_of_loading(good, folder)
         outcomes[ended] = outcomes.get(ended, 0) + 1
 
     load()
+    return outcomes
+
+
+def test_a_config_with_other_fields_ends_in_a_clear_error_or_a_model(good: Good) -> None:
+    outcomes = outcomes_of(good, configs(good.config).map(lambda text: (text, good.tensors)))
     assert sum(outcomes.values()) - outcomes.get("loaded", 0) >= 100, outcomes
 
 
 def test_a_file_of_tensors_with_another_header_ends_in_a_clear_error_or_the_right_model(good: Good) -> None:
-    outcomes: dict[str, int] = {}
-
-    @FUZZ
-    @given(tensor_files(good.tensors))
-    def load(content: bytes) -> None:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / CONFIG).write_text(json.dumps(good.config))
-            (folder / TENSORS).write_bytes(content)
-            ended = outcome_of_loading(good, folder)
-        outcomes[ended] = outcomes.get(ended, 0) + 1
-
-    load()
+    config = json.dumps(good.config)
+    outcomes = outcomes_of(good, tensor_files(good.tensors).map(lambda content: (config, content)))
     assert sum(outcomes.values()) - outcomes.get("loaded", 0) >= 200, outcomes
 
 

@@ -21,7 +21,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, get_scheduler
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from peft_e2vpt import (
     E2VPTConfig,
@@ -50,6 +50,7 @@ from tests.support.training import (
     adapted,
     assert_same_bits,
     history_of,
+    learning_rates,
     state_of,
     trainer_for,
 )
@@ -69,15 +70,8 @@ def is_pruned(model: Any) -> bool:
 # --------------------------------------------------------------------------------------------------- the learning rate
 def rates(kind: str, num_steps: int, warmup: float, **settings: Any) -> list[float]:
     """The learning rates of a run of its own."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
     warmup_steps = round(warmup * num_steps) if warmup < 1 else int(warmup)
-    scheduler = get_scheduler(kind, optimizer, warmup_steps, num_steps, settings or None)
-    found = []
-    for _ in range(num_steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return found
+    return learning_rates(kind, num_steps, warmup_steps, settings or None)
 
 
 @pytest.mark.parametrize("prune_after", [8, 12])

@@ -16,12 +16,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, get_scheduler
+from transformers import Trainer
 
 from peft_e2vpt import PruneRewindCallback, PruningReport
 from peft_e2vpt.pruning.callback import TARGET_FILE
 from peft_e2vpt.pruning.run_state import OPTIMIZER_FILE
-from tests.support.training import HALF, Watch, adapted, assert_same_bits, history_of, state_of, trainer_for
+from tests.support.training import (
+    HALF,
+    Watch,
+    adapted,
+    assert_same_bits,
+    history_of,
+    learning_rates,
+    state_of,
+    trainer_for,
+)
 
 
 pytestmark = pytest.mark.training
@@ -347,15 +356,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def rates_of(kind: str, num_steps: int, settings: dict[str, Any]) -> list[float]:
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
-    warmup = settings.get("warmup_steps", 1)
-    scheduler = get_scheduler(kind, optimizer, warmup, num_steps, settings.get("lr_scheduler_kwargs"))
-    found = []
-    for _ in range(num_steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return found
+    return learning_rates(kind, num_steps, settings.get("warmup_steps", 1), settings.get("lr_scheduler_kwargs"))
 
 
 @pytest.mark.parametrize(("step", "total"), [(2, 12), (4, 12), (6, 12), (8, 12), (2, 6), (4, 6), (6, 7)])

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -43,6 +46,16 @@ def adapt(name: str = "vit", adapter_name: str = "default", **settings: Any) -> 
     of_base = {key: settings.pop(key) for key in ("dtype", "attn_implementation") if key in settings}
     base, inputs = build(name, **of_base)
     return trained(get_peft_model(base, config_of(**settings), adapter_name)).eval(), inputs
+
+
+def save_with_base(folder: Path, **settings: Any) -> tuple[nn.Module, PeftModel, dict[str, Tensor]]:
+    """Saves a tiny ViT in `base` and an adapter in `adapter`, and gives the model, an adapted copy and inputs."""
+    base, inputs = build("vit")
+    base.save_pretrained(folder / "base")
+    base = transformers.ViTForImageClassification.from_pretrained(folder / "base")
+    model = trained(get_peft_model(copy.deepcopy(base), config_of(**settings)))
+    model.save_pretrained(folder / "adapter")
+    return base, model, inputs
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from peft_e2vpt import E2VPTConfig, PruneRewindCallback
 from tests.support.models import NUM_LABELS, build
@@ -155,3 +155,15 @@ __all__ = [
     "state_of",
     "trainer_for",
 ]
+
+
+def learning_rates(kind: str, num_steps: int, warmup_steps: int, settings: dict[str, Any] | None) -> list[float]:
+    """The learning rates of a schedule, from its first step to its last."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
+    scheduler = get_scheduler(kind, optimizer, warmup_steps, num_steps, settings)
+    found = []
+    for _ in range(num_steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
