@@ -56,15 +56,22 @@ def _trained_modules(model: nn.Module) -> set[nn.Module]:
     return copies.union(m for m in modules if any(w is not None and w.requires_grad for w in m._parameters.values()))
 
 
+def _keep_running_stats() -> None:
+    """The `reset_running_stats` of a frozen norm, which torch's `update_bn` calls before it collects them anew."""
+
+
 def _freeze(module: nn.Module) -> None:
     if not isinstance(module.__dict__.get("train"), _StaysInEvalMode):
         module.__dict__["train"] = _StaysInEvalMode(module)
         module.training = False
+    if hasattr(module, "reset_running_stats"):
+        module.__dict__["reset_running_stats"] = _keep_running_stats
 
 
 def _thaw(module: nn.Module) -> None:
     if isinstance(frozen := module.__dict__.get("train"), _StaysInEvalMode):
         del module.__dict__["train"]
+        module.__dict__.pop("reset_running_stats", None)
         module.training = frozen.asked_for
 
 

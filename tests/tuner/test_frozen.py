@@ -18,6 +18,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from peft_e2vpt.backbones.sites import find_attention_sites
 from tests.support import zoo
@@ -128,6 +129,29 @@ def test_statistics_of_a_kind_that_nobody_knows_are_set_back_with_a_warning() ->
         warnings.simplefilter("error")
         gradients(model.train(), inputs)
     assert moved(model, before) == []
+
+
+def test_an_average_of_weights_collects_statistics_for_the_head_alone() -> None:
+    model, inputs = checks.adapt("levit", modules_to_save=None)
+    average = AveragedModel(model)
+    before = buffers_of_backbone(average)
+    of_head = next(b for name, b in average.named_buffers() if "modules_to_save.default" in name and "mean" in name)
+    head_before = of_head.clone()
+    update_bn([inputs["pixel_values"]], average)
+    assert before and moved(average, before) == []
+    assert not torch.equal(of_head, head_before)
+
+
+def test_running_statistics_can_be_reset_after_unloading() -> None:
+    base, _ = with_stem(STATISTICS["batch norm"])
+    norm = base.vit.embeddings.patch_embeddings.projection[1]
+    norm.running_mean.fill_(3)
+    model = get_peft_model(base, config_of())
+    norm.reset_running_stats()
+    assert (norm.running_mean == 3).all()
+    model.unload()
+    norm.reset_running_stats()
+    assert (norm.running_mean == 0).all()
 
 
 def test_batch_norms_that_are_converted_after_wrapping_stay_too() -> None:
