@@ -101,7 +101,8 @@ class PromptLayers(nn.ModuleDict):
         """Takes prompts back that Accelerate has offloaded with the base model, where nothing would load them."""
         if torch.compiler.is_compiling():
             return
-        if any(parameter.is_meta for parameter in self.parameters()):
+        first = next(self.parameters(), None)
+        if first is not None and first.is_meta:
             bring_back(self)
         if self.training and not self._has_trained:
             self._has_trained, self._first_pass = True, FirstPass(model, self)
