@@ -280,11 +280,14 @@ DOWNLOAD_ARGUMENTS = (
 
 
 def running_calls() -> Iterator[FrameType]:
-    """The frames of the function calls that are running, the innermost first, without this one."""
-    frame = sys._getframe(1)
+    """The frames of the function calls that are running, the innermost first, without that of the function that asks.
+
+    The locals of a function that keeps its own frame would be a cycle, and with it everything that its callers hold.
+    """
+    frame = sys._getframe(1).f_back
     while frame is not None:
         yield frame
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
 
 
 def _code_of(function: Any) -> Any:
@@ -303,11 +306,13 @@ def loaded_from() -> Origin | None:
     their local variables, which are the arguments of their public methods.
     """
     for frame in running_calls():
-        code, found = frame.f_code, frame.f_locals
+        code = frame.f_code
         if code is _FROM_PRETRAINED or code is _LOAD_ADAPTER:
+            found = frame.f_locals
             settings = {**found.get("hf_hub_download_kwargs", {}), **found.get("kwargs", {})}
             return _origin(found["model_id"], settings, by_transformers=False)
         if code is _LOAD_ADAPTER_OF_TRANSFORMERS:
+            found = frame.f_locals
             if found.get("adapter_state_dict") is not None or found.get("peft_model_id") is None:
                 return None
             settings = getattr(found.get("load_config"), "download_kwargs", None) or {}

@@ -74,8 +74,8 @@ class PromptLayers(nn.ModuleDict):
         take_over_input_hooks(model)
 
     def layers(self) -> list[E2VPTLayer]:
-        """All prompt layers, in the order in which they were made."""
-        return [layer for layer in self.values() if isinstance(layer, E2VPTLayer)]
+        """All prompt layers, in the order in which they were made; another thread may be making one."""
+        return [layer for layer in tuple(self.values()) if isinstance(layer, E2VPTLayer)]
 
     def layer_of(self, index: int, site: AttentionSite) -> E2VPTLayer:
         """The prompt layer of a self-attention, made on first demand."""
@@ -101,8 +101,7 @@ class PromptLayers(nn.ModuleDict):
         """Takes prompts back that Accelerate has offloaded with the base model, where nothing would load them."""
         if torch.compiler.is_compiling():
             return
-        first = next(self.parameters(), None)
-        if first is not None and first.is_meta:
+        if any(layer.is_offloaded for layer in self.layers()):
             bring_back(self)
         if self.training and not self._has_trained:
             self._has_trained, self._first_pass = True, FirstPass(model, self)

@@ -352,12 +352,12 @@ def threads_get_the_answers_of_one(name: str, **changes: Any) -> float:
 
 def memory_is_freed_with_the_model(name: str, **changes: Any) -> float:
     def lives_on(make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> bool:
-        model, inputs = make()
-        run(model.eval(), inputs)
-        reference = weakref.ref(next(model.parameters()))
         gc.collect()
         gc.disable()
         try:
+            model, inputs = make()
+            run(model.eval(), inputs)
+            reference = weakref.ref(next(model.parameters()))
             del model
             return reference() is not None
         finally:
