@@ -29,7 +29,7 @@ def running_trainer() -> Trainer:
         if isinstance(call.f_locals.get("self"), Trainer):
             trainer: Trainer = call.f_locals["self"]
             return trainer
-    raise RuntimeError("PruneRewindCallback works inside Trainer.train(): pass it as Trainer(callbacks=[...]).")
+    raise RuntimeError("A callback of this package works inside a Trainer: pass it as Trainer(callbacks=[...]).")
 
 
 def resumed_checkpoint(trainer: Trainer) -> Path:
@@ -43,7 +43,7 @@ def resumed_checkpoint(trainer: Trainer) -> Path:
         if call.f_locals.get("self") is trainer and isinstance(folder, (str, os.PathLike)):
             return Path(folder)
     raise RuntimeError(
-        f"Training begins at step {trainer.state.global_step}, but from no checkpoint that PruneRewindCallback can "
+        f"Training begins at step {trainer.state.global_step}, but from no checkpoint that its callbacks can "
         "find: pass its folder to trainer.train(resume_from_checkpoint=...)."
     )
 
