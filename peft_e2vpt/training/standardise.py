@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat import remove_hooks
+
 
 MEAN, SCALE = "_feature_mean", "_feature_scale"
 
 
 def is_standardised(layer: Any) -> bool:
     """Whether a layer learns on standardised features."""
-    return MEAN in layer._buffers
+    return hasattr(layer, MEAN)
 
 
 @torch.no_grad()
@@ -54,12 +56,9 @@ def fold(layer: Any) -> None:
         return
     weight: Tensor = layer.weight
     values = _on_raw(layer, weight, layer.bias)
-    del layer._buffers[MEAN], layer._buffers[SCALE]
-    layer._non_persistent_buffers_set -= {MEAN, SCALE}
-    for hooks in (layer._forward_pre_hooks, layer._state_dict_hooks, layer._load_state_dict_pre_hooks):
-        for key, hook in list(hooks.items()):  # by what they are: a copy of a layer knows no handles
-            if getattr(hook, "hook", hook) in _HOOKS:
-                del hooks[key]
+    delattr(layer, MEAN)
+    delattr(layer, SCALE)
+    remove_hooks(layer, (_standardise_input, _fold_in_state_dict, _unfold_from_state_dict))
     _write(layer, *values)
 
 
@@ -117,6 +116,3 @@ def _unfold_from_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str,
         return  # PyTorch says what is wrong
     values = zip(("weight", "bias"), _on_standardised(layer, weight, bias), strict=True)
     state_dict.update({prefix + name: value for name, value in values if value is not None})
-
-
-_HOOKS = (_standardise_input, _fold_in_state_dict, _unfold_from_state_dict)
