@@ -26,7 +26,7 @@ MEAN, SCALE = "_feature_mean", "_feature_scale"
 
 def is_standardised(layer: Any) -> bool:
     """Whether a layer learns on standardised features."""
-    return hasattr(layer, MEAN)
+    return any(name == MEAN for name, _ in layer.named_buffers(recurse=False))  # a wrapper shows its module's
 
 
 @torch.no_grad()
