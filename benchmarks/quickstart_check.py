@@ -5,9 +5,9 @@
     python -m benchmarks.quickstart_check --tasks solar digits --table     # the table of the results so far
 
 The first Python block of README is run with nothing changed but the name of the backbone and the number of classes;
-`train` and `validation` are those of the task, and `args` get a seed and the machine (CPU, bf16 autocast), no setting of
-the training. `--unpruned` leaves the pruning callback and the second half of the epochs out, which takes less than a
-third of the time: what is left is the first part of the run.
+`train` and `validation` are those of the task, and `args` get a seed and the machine (CPU, bf16 autocast), no setting
+of the training. `--unpruned` leaves the pruning callback and the second half of the epochs out, which takes less than
+a third of the time: what is left is the first part of the run.
 
 The linear probe is the head's own start on the plain backbone: logistic regression on standardised features, with the
 weight decay of `start_heads`. No rate is searched, and the validation images serve the search of the pruning alone.

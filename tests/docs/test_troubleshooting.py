@@ -29,9 +29,17 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from transformers import AutoModelForImageClassification, Trainer, ViTConfig, ViTForImageClassification
 
 import peft_e2vpt
-from peft_e2vpt import PruneRewindCallback, requirements, score_prompts, search_pruning, trained_tensors
+from peft_e2vpt import (
+    PruneRewindCallback,
+    RecipeCallback,
+    requirements,
+    score_prompts,
+    search_pruning,
+    trained_tensors,
+)
 from peft_e2vpt.backbones.sites import find_attention_sites
 from peft_e2vpt.pruning.callback import TARGET_FILE
+from peft_e2vpt.training.callback import HEADS_FILE
 from tests.support import zoo_checks as checks
 from tests.support.adapted import checkpoint_activations, config_of
 from tests.support.models import VIT
@@ -452,6 +460,14 @@ def incomplete_checkpoint() -> None:
     train(PruneRewindCallback(**HALF), **SAVED)
     (HERE / "checkpoint-1" / TARGET_FILE).unlink()
     trainer_for(HERE, PruneRewindCallback(**HALF), **SAVED).train(resume_from_checkpoint="checkpoint-1")
+
+
+@under("The checkpoint misses the head as it learns")
+def checkpoint_without_head() -> None:
+    trainer_for(HERE, None, callbacks=(RecipeCallback(),), **SAVED).train()
+    (HERE / "checkpoint-1" / HEADS_FILE).unlink()
+    again = trainer_for(HERE, None, callbacks=(RecipeCallback(),), **SAVED)
+    again.train(resume_from_checkpoint="checkpoint-1")
 
 
 @under("The values to rewind to are those of another step")
