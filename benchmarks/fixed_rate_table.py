@@ -4,9 +4,9 @@
     python -m benchmarks.fixed_rate_table benchmarks/results/transfer.jsonl
 
 The first table: for each method the rate of the grid with the highest mean validation accuracy on `--chosen_on`, one
-task of each group, and the test accuracy with it on every other task. "lost" is what the same trainings lose against the
-rate that each task would have chosen for itself on validation images. The second table is the curve behind it: the mean
-test accuracy over all tasks at each rate of the grid, and its range. Seed 0, the only one for which all rates are run.
+task of each group, and the test accuracy with it on every other task. "lost" is what the same trainings lose against
+the rate that each task would have chosen for itself on validation images. The second table is the curve behind it: the
+mean test accuracy over all tasks at each rate of the grid. Seed 0, the only one for which all rates are run.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ import re
 import statistics
 import tempfile
 import time
-from contextlib import chdir
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -76,6 +77,18 @@ def accuracy(model: nn.Module, inputs: Inputs, bf16: bool) -> float:
     return right / len(inputs)
 
 
+@contextmanager
+def inside_a_temporary_folder() -> Iterator[None]:
+    """Lets the code write where it likes."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
 class Check:
     """One task: the probe, and README's code."""
 
@@ -115,9 +128,8 @@ class Check:
         }
         namespace: dict[str, Any] = {"train": self.train, "validation": self.validation}
         arguments = partial(transformers.TrainingArguments, **of_machine)
-        with tempfile.TemporaryDirectory() as folder, chdir(folder):
-            with mock.patch.object(transformers, "TrainingArguments", arguments):
-                exec(compile(code, "README.md", "exec"), namespace)
+        with inside_a_temporary_folder(), mock.patch.object(transformers, "TrainingArguments", arguments):
+            exec(compile(code, "README.md", "exec"), namespace)
         model = namespace["model"]
         return {
             "test_accuracy": accuracy(model, self.test, self.args.bf16),

@@ -43,7 +43,5 @@ def test_the_curve_is_the_mean_over_tasks_with_the_first_seed():
 
 def test_methods_without_a_search_are_left_out():
     tasks = ["digits", "emoji"]
-    found = [
-        name for name in ("e2vpt", "lora") if fixed_rate_table.searches(fixed_rate_table.runs_of(ROWS, name), tasks)
-    ]
-    assert found == ["e2vpt"]
+    runs = {name: fixed_rate_table.runs_of(ROWS, name) for name in ("e2vpt", "lora")}
+    assert [name for name in runs if fixed_rate_table.searches(runs[name], tasks)] == ["e2vpt"]
