@@ -39,6 +39,7 @@ __all__ = [
     "METHOD",
     "BufferDict",
     "ExcludedModule",
+    "NormWithStatistics",
     "Origin",
     "bring_back",
     "device_and_dtype",

@@ -17,7 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .._compat import BatchNorm, device_and_dtype
+from .._compat import NormWithStatistics, device_and_dtype
 from ..distributed import assign, full_shape, is_distributed, is_sharded
 from ..evaluation import batches, no_trace
 from .probe import Labels, fit_probe
@@ -232,7 +232,7 @@ def _set(layer: Any, features: Tensor, labels: Tensor, kind: Labels, weight_deca
 @contextmanager
 def _as_in_training(model: nn.Module) -> Iterator[list[Any]]:
     """Lets batch norms that are trained use the statistics of the batch, as in training, without noting them."""
-    batch_norms: list[Any] = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    batch_norms: list[Any] = [module for module in model.modules() if isinstance(module, NormWithStatistics)]
     norms = [norm for norm in batch_norms if any(parameter.requires_grad for parameter in norm.parameters())]
     noted = [(norm.running_mean, norm.running_var) for norm in norms]
     for norm in norms:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..backbones.heads import find_heads
 from ..backbones.sites import find_attention_sites
 from ..tuner.layer import E2VPTLayer
+from .running import trainer_around
 
 
 logger = logging.get_logger(__name__)
@@ -156,6 +157,13 @@ def create_e2vpt_optimizer(
     """
     groups = parameter_groups(model, lr, kv_lr=kv_lr, head_lr=head_lr, weight_decay=weight_decay)
     return optimizer_cls(groups, **kwargs)
+
+
+def warn_in_a_trainer() -> None:
+    """The same as `warn_of_small_rates`, of the Trainer that runs a first training step, where one does."""
+    trainer = trainer_around()
+    if trainer is not None:
+        warn_of_small_rates(trainer.model, trainer.optimizer)
 
 
 def warn_of_small_rates(model: nn.Module, optimizer: Any) -> None:

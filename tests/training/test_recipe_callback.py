@@ -104,10 +104,20 @@ def test_a_plain_model_has_a_rate_for_its_head(tmp_path):
     assert rates_of(trainer) == {"others": {1e-4}, "head": {3e-4}}
 
 
-@pytest.mark.parametrize("callback", [RecipeCallback(learning_rate=5e-5), PruneRewindCallback(**HALF)])
-def test_prompts_that_train_with_the_trainers_default_warn(tmp_path, messages, callback):
-    trainer_for(tmp_path, callback, learning_rate=5e-5).train()
+@pytest.mark.parametrize(
+    "callbacks",
+    [(), (RecipeCallback(learning_rate=5e-5),), (PruneRewindCallback(**HALF),)],
+    ids=["none", "recipe", "pruning"],
+)
+def test_prompts_that_train_with_the_trainers_default_warn(tmp_path, messages, callbacks):
+    trainer_for(tmp_path, *callbacks, learning_rate=5e-5).train()
     assert sum("the Trainer's default, which is for weights" in text for text in messages.messages) == 1
+
+
+def test_a_chosen_rate_and_a_loop_do_not_warn(tmp_path, messages):
+    trainer_for(tmp_path, max_steps=1, learning_rate=1e-3).train()
+    adapted().train()(**{key: value[None] for key, value in Images(1)[0].items()}).loss.backward()
+    assert not any("the Trainer's default" in text for text in messages.messages)
 
 
 def test_the_recipe_itself_does_not_warn(tmp_path, messages):
