@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -130,6 +131,7 @@ def start_heads(
         raise ValueError(f"max_samples must be at least 2, got {max_samples}.")
     if not weight_decay > 0:
         raise ValueError(f"weight_decay must be above 0, got {weight_decay}.")
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     start = _start(model, dataloader, weight_decay, max_samples, label_name, seed)
     if start.reason:
         logger.info(LEFT_AS_IT_IS + start.reason)

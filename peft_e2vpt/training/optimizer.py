@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
@@ -41,6 +42,7 @@ def part_of_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
 
     The head of a model of PEFT is what `modules_to_save` names; that of a plain model is found as E2VPT finds it.
     """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     parts: dict[nn.Parameter, str] = {}
 
     def note(parameters: Iterable[nn.Parameter], part: str) -> None:
