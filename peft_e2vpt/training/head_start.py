@@ -282,7 +282,8 @@ def _last_layers(
         if len(calls[path]) == 1:
             inputs, output = calls[path][0]
             as_logits = _as_logits(output, logits, isinstance(layer, nn.Conv2d))
-            if as_logits is not None and _is_close(output, _affine(layer, inputs)):
+            # a sharded weight is whole inside its layer's forward pass alone
+            if as_logits is not None and (is_sharded(layer) or _is_close(output, _affine(layer, inputs))):
                 outputs[path] = as_logits
     for paths in (*([path] for path in outputs), list(outputs)):
         ways = zip(*(outputs[path] for path in paths), strict=True)

@@ -32,6 +32,7 @@ from peft_e2vpt import (
     start_heads,
     trained_tensors,
 )
+from peft_e2vpt.training.head_start import trained_layers
 from tests.support.training import HALF, Images, Watch, adapted, history_of, state_of, trainer_for
 
 
@@ -111,7 +112,10 @@ def heads(rank: int, size: int, shard: bool) -> dict[str, Any]:
     """What trains after `start_heads`; the first process has more images than the second."""
     model = adapted("swin", dtype=torch.float64, visual_prompt_dropout=0.0)
     if shard and size > 1:
-        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+        mesh = init_device_mesh("cpu", (size,))
+        for layer in trained_layers(model).values():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     start = start_heads(model, shares(PLAIN["train_dataset"], rank, size))
     fold_heads(model)
     return {"start": start, "trained": trained_tensors(model)}
