@@ -18,8 +18,7 @@ folder of adapters. Each of them decodes images, gathers them into batches whate
 files of these adapters before every batch, so that an answer is that of the store when its batch began.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects: Ray copies these classes to other processes, where FastAPI cannot look up names.
 import argparse
 import asyncio
 import hashlib
@@ -35,6 +34,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -73,6 +73,7 @@ class Options(BaseModel):
     adapters: str = Field("adapters", description="folder of exported adapters, or hf://OWNER/NAME[@REVISION]")
     backend: Literal["onnx", "torch"] = Field("onnx", description="what runs the backbone: onnx or torch")
     replicas: int = Field(1, ge=1, description="copies of the backbone")
+    ingresses: int = Field(1, ge=1, description="processes that take requests")
     threads: int = Field(1, ge=1, description="CPU threads of a replica, which reserves as many CPUs")
     max_batch: int = Field(32, ge=1, description="images in a batch")
     batch_wait_ms: float = Field(5.0, ge=0, description="how long a batch waits for more images")
@@ -686,12 +687,20 @@ class Ingress:
         self._retried = Counter("adapters_retries", "Requests that were tried again because a replica died.")
         self._rejected = Counter("adapters_rejected", "Requests answered with 503.")
 
-    async def reconfigure(self, settings: dict[str, Any]) -> None:
-        """With `draining`, refuses new requests, and returns when those under way have their answers."""
-        self._draining = settings["draining"]
-        deadline = time.monotonic() + self._options.timeout_s
-        while self._draining and self._under_way and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+    async def drain(self) -> tuple[str, int]:
+        """Refuses requests from now on; returns which ingress this is, and how many requests are under way."""
+        self._draining = True
+        return serve.get_replica_context().replica_id.unique_id, self._under_way
+
+    @asynccontextmanager
+    async def _accepted(self) -> AsyncIterator[None]:
+        if self._draining:
+            raise self._busy("The server ends.")
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
 
     def _busy(self, detail: str) -> HTTPException:
         self._rejected.inc()
@@ -724,15 +733,6 @@ class Ingress:
             return outcome
         raise self._busy(f"{ATTEMPTS} replicas in a row could not answer.")
 
-    async def _handle(self, request: Request, limit_mb: float, ask: Callable[[bytes], Any]) -> Any:
-        if self._draining:
-            raise self._busy("The server ends.")
-        self._under_way += 1
-        try:
-            return await ask(await body_of(request, limit_mb))
-        finally:
-            self._under_way -= 1
-
     @api.post("/predict/{adapter}", openapi_extra=upload_of("image/*"), responses=answers(400, 404, 413, 415))
     async def predict(
         self,
@@ -742,16 +742,15 @@ class Ingress:
         function: Annotated[Scores, Query(description="From logits to scores.")] = "softmax",
     ) -> Answer:
         """Classifies an image, sent as the body or as the field `file` of a form."""
-
-        async def ask(data: bytes) -> Any:
-            return await self._ask("predict", adapter, data, top_k, function)
-
-        return Answer(**await self._handle(request, self._options.max_image_mb, ask))
+        async with self._accepted():
+            data = await body_of(request, self._options.max_image_mb)
+            return Answer(**await self._ask("predict", adapter, data, top_k, function))
 
     @api.get("/adapters", responses=answers())
     async def list_adapters(self) -> dict[str, Any]:
         """Lists the adapters with their classes and versions, and files that were refused with the reason."""
-        return await self._ask("change", "adapters")
+        async with self._accepted():
+            return await self._ask("change", "adapters")
 
     @api.put(
         "/adapters/{adapter}",
@@ -761,11 +760,9 @@ class Ingress:
     )
     async def put_adapter(self, adapter: AdapterName, request: Request, response: Response) -> dict[str, Any]:
         """Adds or replaces an adapter: the file that `export_adapter` wrote. It is checked before it enters."""
-
-        async def ask(data: bytes) -> Any:
-            return await self._ask("change", "put", adapter, data)
-
-        outcome = await self._handle(request, self._options.max_adapter_mb, ask)
+        async with self._accepted():
+            data = await body_of(request, self._options.max_adapter_mb)
+            outcome = await self._ask("change", "put", adapter, data)
         if not outcome.pop("created"):
             response.status_code = 200
         return outcome
@@ -773,7 +770,8 @@ class Ingress:
     @api.delete("/adapters/{adapter}", status_code=204, responses=answers(404, 405))
     async def delete_adapter(self, adapter: AdapterName) -> None:
         """Deletes an adapter from the store; answers under way are still given."""
-        await self._ask("change", "delete", adapter)
+        async with self._accepted():
+            await self._ask("change", "delete", adapter)
 
     @api.get("/healthz", responses=answers())
     async def health(self) -> dict[str, Any]:
@@ -806,7 +804,7 @@ def check_files(options: Options) -> None:
         open_store(options.adapters, options.poll_s)
 
 
-def build(options: Options, draining: bool = False) -> serve.Application:
+def build(options: Options) -> serve.Application:
     """
     The application, as `serve run examples.serve:build NAME=VALUE ...` takes it.
 
@@ -828,12 +826,11 @@ def build(options: Options, draining: bool = False) -> serve.Application:
     ).bind(options)
     # It has room for more than the backbone takes, so that 503 comes from there, with `Retry-After`.
     return Ingress.options(
-        num_replicas=1,
+        num_replicas=options.ingresses,
         max_ongoing_requests=room + 256,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=2 * options.timeout_s,
         ray_actor_options={"num_cpus": 0},
-        user_config={"draining": draining},
     ).bind(options, backbone)
 
 
@@ -858,6 +855,18 @@ def parse(arguments: Sequence[str]) -> tuple[Options, argparse.Namespace]:
     except ValueError as error:
         parser.error(str(error))
     return options, parsed
+
+
+def drain(options: Options) -> None:
+    """Waits until all requests that were accepted have their answers; new ones are refused."""
+    under_way: dict[str, int] = {}
+    deadline = time.monotonic() + options.timeout_s
+    ingress = serve.get_app_handle(APP)
+    while (len(under_way) < options.ingresses or any(under_way.values())) and time.monotonic() < deadline:
+        name, number = ingress.drain.remote().result(timeout_s=10)  # of any of them
+        under_way[name] = number
+        time.sleep(0.05)
+    time.sleep(1)  # the last answers are on their way through Serve's proxies
 
 
 def main() -> None:
@@ -888,7 +897,7 @@ def main() -> None:
         print(f"Ready: http://{parsed.host}:{parsed.port}/docs", flush=True)
         ended.wait()
         print("Draining: requests under way get their answers, new ones 503.", flush=True)
-        serve.run(build(options, draining=True), name=APP)
+        drain(options)
         serve.shutdown()
     finally:
         ray.shutdown()

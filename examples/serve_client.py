@@ -94,7 +94,9 @@ class Client:
                 answer = self._http.request(method, path, **arguments)
                 if answer.is_success:
                     return answer.json() if answer.content else None
-                if answer.status_code != 503 or time.monotonic() + wait > deadline:
+                # What is not of the API comes from Ray's proxy, whose application starts, ends or is replaced.
+                passing = answer.status_code == 503 or "json" not in answer.headers.get("Content-Type", "")
+                if not passing or time.monotonic() + wait > deadline:
                     raise ServerError(answer.status_code, _detail(answer))
                 wait = max(wait, float(answer.headers.get("Retry-After", 0)))
             except httpx.TransportError:
