@@ -14,18 +14,20 @@ may change while the server runs. The pages `/docs` and `/openapi.json` describe
 the rest.
 
 The ingress takes requests, bounds them, and hands them to replicas of the backbone. Replicas share nothing but the
-folder of adapters. Each of them decodes images, gathers them into batches whatever their adapters are, and looks at the
-files of these adapters before every batch, so that an answer is that of the store when its batch began.
+folder of adapters. Each of them decodes images, gathers them into batches whatever their adapters are, and looks at
+the files of these adapters before every batch, so that an answer is that of the store when its batch began.
 """
 
 # Annotations stay objects: Ray copies these classes to other processes, where FastAPI cannot look up names.
 import argparse
 import asyncio
+import fcntl
 import hashlib
 import io
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -34,10 +36,9 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import ray
@@ -60,7 +61,9 @@ HUB = "hf://"
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # of those that Pillow reads, what needs no other program
 GRAPHS = {"onnx": "backbone.onnx", "torch": "backbone.pt2"}
 PROCESSOR = "preprocessor_config.json"
-ATTEMPTS = 5  # of a request whose replica dies
+ATTEMPTS = 3  # of a request whose replicas die, one after another
+OWN = "served-adapters-"
+_locks: list[IO[str]] = []  # held while this process lives
 STUCK_S = 120.0  # a replica whose batch takes longer is replaced
 
 
@@ -80,9 +83,10 @@ class Options(BaseModel):
     max_queued: int = Field(256, ge=1, description="waiting requests, beyond which the answer is 503")
     max_image_mb: float = Field(16.0, gt=0, description="size of an uploaded image, beyond which the answer is 413")
     max_adapter_mb: float = Field(64.0, gt=0, description="size of an adapter's file")
+    read_only: bool = Field(False, description="refuse changes of adapters over HTTP")
     max_pixels: int = Field(50_000_000, ge=1, description="pixels of an image, beyond which the answer is 413")
-    adapter_memory_mb: float = Field(1024.0, gt=0, description="memory of a replica for adapters; others are read again")
-    poll_s: float = Field(1.0, gt=0, description="how often a replica looks at the whole folder (a Hub: 60 times that)")
+    adapter_memory_mb: float = Field(1024.0, gt=0, description="memory of a replica for adapters, which come and go")
+    poll_s: float = Field(1.0, gt=0, description="how often a replica looks at the folder; at the Hub, 60 times that")
     timeout_s: float = Field(60.0, gt=0, description="for one request, and for those under way when the server ends")
 
 
@@ -105,7 +109,7 @@ class FolderStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def pull(self) -> None:
+    def pull(self, *, asked: bool = False) -> None:
         """Brings what is new: a folder is always up to date."""
 
     def put(self, name: str, data: bytes, check: Callable[[Path], object]) -> bool:
@@ -148,19 +152,19 @@ class HubStore:
 
     writable = False
 
-    def __init__(self, repo_id: str, revision: str | None, every_s: float) -> None:
-        self.repo_id, self.revision, self.every_s = repo_id, revision, every_s
+    def __init__(self, repo_id: str, revision: str | None, poll_s: float) -> None:
+        self.repo_id, self.revision, self._poll_s = repo_id, revision, poll_s
         self._lock = threading.Lock()
         self._pulled_at = -np.inf
         self.folder = Path()
         self.pull()
 
-    def pull(self) -> None:
-        """Brings what is new. Asked again within `every_s`, or without a connection, it keeps what it has."""
+    def pull(self, *, asked: bool = False) -> None:
+        """Brings what is new, at most every 60 polls, or every 10 when asked; without a connection, all stays."""
         from huggingface_hub import snapshot_download
 
         with self._lock:
-            if time.monotonic() - self._pulled_at < self.every_s:
+            if time.monotonic() - self._pulled_at < self._poll_s * (10 if asked else 60):
                 return
             try:
                 folder = snapshot_download(self.repo_id, revision=self.revision, allow_patterns=f"*{SUFFIX}")
@@ -184,10 +188,14 @@ def open_store(address: str, poll_s: float) -> Store:
     """
     if address.startswith(HUB):
         repo_id, _, revision = address.removeprefix(HUB).partition("@")
-        return HubStore(repo_id, revision or None, 60 * poll_s)
+        return HubStore(repo_id, revision or None, poll_s)
     if not Path(address).is_dir():
-        raise ValueError(f"There is no folder {address} of adapters: make it, or name a repository as {HUB}OWNER/NAME.")
+        raise ValueError(f"There is no folder {address} of adapters: make it, or name a repository, {HUB}OWNER/NAME.")
     return FolderStore(Path(address).resolve())
+
+
+def version_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 class Bank:
@@ -218,12 +226,16 @@ class Bank:
         self.versions: dict[str, str] = {}
         self.refused: dict[str, str] = {}
         self._seen: dict[str, tuple[int, ...]] = {}
+        self._is_there = True
 
     def follow(self, names: Iterable[str] | None = None) -> None:
         """Brings adapters to what the store has now: those of some names, or all."""
         folder = self.store.folder
-        if not folder.is_dir():
+        is_there = folder.is_dir()
+        if not is_there and self._is_there:
             log.error("The folder of adapters %s is gone; those that are loaded stay.", folder)
+        self._is_there = is_there
+        if not is_there:
             return
         if names is None:
             found = {path.name.removesuffix(SUFFIX) for path in folder.glob(f"[!.]*{SUFFIX}")}
@@ -256,7 +268,7 @@ class Bank:
         if size > self._max_file:
             raise ValueError(f"{path.name} has {size:,} bytes, more than the {self._max_file:,} of an adapter.")
         data = path.read_bytes()
-        version = hashlib.sha256(data).hexdigest()[:16]
+        version = version_of(data)
         if version == self.versions.get(name):
             return
         copy = self._own / f"{name}.{version}{SUFFIX}"
@@ -292,7 +304,20 @@ class Bank:
         return labels
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
+def own_folder() -> Path:
+    """Makes a folder for this process, and removes those of processes that were killed: nobody locks them any more."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{OWN}*/lock"):
+        with suppress(OSError), lock.open() as file:  # locked by a process that lives, or removed meanwhile
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent)
+    folder = Path(tempfile.mkdtemp(prefix=OWN))
+    _locks.append((folder / "new").open("w"))
+    fcntl.flock(_locks[-1], fcntl.LOCK_EX)
+    (folder / "new").rename(folder / "lock")  # only now can others see it
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
 
 Arrays = dict[str, np.ndarray]
 Runner = Callable[[np.ndarray, Arrays], np.ndarray]
@@ -435,7 +460,9 @@ class Classifier:
         if not self.layout.per_sample_heads:  # one head for the whole batch
             parts = [[p for p in places if names[p] == name] for name in dict.fromkeys(names[p] for p in places)]
         for part in filter(None, parts):
-            for place, outcome in zip(part, self._logits([names[p] for p in part], [pixels[p] for p in part])):
+            for place, outcome in zip(
+                part, self._logits([names[p] for p in part], [pixels[p] for p in part]), strict=True
+            ):
                 outcomes[place] = outcome
         return outcomes
 
@@ -447,7 +474,7 @@ class Classifier:
                 log.exception("The adapter %s does not run.", names[0])
                 return [Refusal(500, f"The adapter {names[0]} does not run: {error}")]
             log.warning("A batch of %d does not run, so its images run one by one: %s", len(names), error)
-            return [self._logits([name], [image])[0] for name, image in zip(names, pixels)]
+            return [self._logits([name], [image])[0] for name, image in zip(names, pixels, strict=True)]
         return [self._classified(name, row) for name, row in zip(names, rows, strict=True)]
 
     def _classified(self, name: str, row: np.ndarray) -> Classified | Refusal:
@@ -466,34 +493,48 @@ class Classifier:
         from peft_e2vpt.export import read_adapter
 
         self._check_writable()
+        labels: list[str] = []
+
+        def check(path: Path) -> None:
+            rows = read_adapter(self.layout, path)
+            room = self.bank.bank.max_bytes
+            if room is not None and rows.nbytes > room:
+                raise ValueError(f"{path} takes {rows.nbytes:,} bytes, more than the {room:,} of a replica.")
+            labels.extend(rows.labels)
+
         try:
-            is_new = self.store.put(name, data, lambda path: read_adapter(self.layout, path))
+            is_new = self.store.put(name, data, check)
         except ValueError as error:
-            reason = re.sub(r"\S*\.part", "The file", str(error))
-            raise Refusal(422, reason) from error
+            raise Refusal(422, re.sub(r"\S*\.part", "The file", str(error))) from error
+        except OSError as error:
+            raise Refusal(500, f"The store cannot be written to: {error.strerror}.") from error
         self.bank.follow([name])
-        if not self.bank.known(name) or name in self.bank.refused:
-            raise Refusal(422, self.bank.refused.get(name, f"The adapter {name} was removed meanwhile."))
-        return {"created": is_new, **self.describe(name)}
+        return {"created": is_new, "name": name, "version": version_of(data), "labels": labels}
 
     def delete(self, name: str) -> None:
         self._check_writable()
-        if not self.store.delete(name):
+        try:
+            existed = self.store.delete(name)
+        except OSError as error:
+            raise Refusal(500, f"The store cannot be written to: {error.strerror}.") from error
+        if not existed:
             raise self._unknown(name)
         self.bank.follow([name])
 
     def _check_writable(self) -> None:
+        if self.options.read_only:
+            raise Refusal(405, "This server takes no changes of adapters over HTTP.")
         if not self.store.writable:
             raise Refusal(405, f"Adapters come from {self.options.adapters}: change that repository instead.")
-
-    def describe(self, name: str) -> dict[str, Any]:
-        return {"name": name, "version": self.bank.versions[name], "labels": list(self.bank.labels(name))}
 
     def adapters(self) -> dict[str, Any]:
         """What is loaded, and what was refused."""
         self.bank.follow()
         return {
-            "adapters": [self.describe(name) for name in sorted(self.bank.versions)],
+            "adapters": [
+                {"name": name, "version": version, "labels": list(self.bank.labels(name))}
+                for name, version in sorted(self.bank.versions.items())
+            ],
             "refused": dict(sorted(self.bank.refused.items())),
         }
 
@@ -508,8 +549,8 @@ class Backbone:
     def __init__(self, options: Options) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
 
-        self._own = tempfile.TemporaryDirectory(prefix="adapters-")
-        self._classifier = Classifier(options, Path(self._own.name))
+        self._own = own_folder()
+        self._classifier = Classifier(options, self._own)
         self._options = options
         self._id = serve.get_replica_context().replica_id.unique_id
         self._model = ThreadPoolExecutor(1, "model")
@@ -545,6 +586,10 @@ class Backbone:
                 log.exception("The adapters could not be followed; the next try is in %s s.", self._options.poll_s)
             await asyncio.sleep(self._options.poll_s)
 
+    def __del__(self) -> None:
+        if hasattr(self, "_own"):
+            shutil.rmtree(self._own, ignore_errors=True)
+
     def check_health(self) -> None:
         """Serve replaces a replica that raises here."""
         since = self._busy_since
@@ -569,7 +614,7 @@ class Backbone:
 
     def _decode(self, data: bytes, name: str) -> np.ndarray:
         if not self._classifier.bank.known(name):
-            self._classifier.store.pull()
+            self._classifier.store.pull(asked=True)
         return self._classifier.pixels_of(read_image(data, self._options.max_pixels))
 
     async def predict(self, name: str, data: bytes, top_k: int, function: Scores) -> Any:
@@ -713,25 +758,25 @@ class Ingress:
         Raises:
             HTTPException: What the replica refuses, or 503 with `Retry-After`.
         """
-        for attempt in range(ATTEMPTS):
+        deaths, deadline = 0, time.monotonic() + self._options.timeout_s
+        while deaths < ATTEMPTS and time.monotonic() < deadline:
             try:
                 outcome = await getattr(self._backbone, method).remote(*arguments)
             except BackPressureError as error:
-                if not attempt:
+                if not deaths:  # else it was accepted before its replica died
                     raise self._busy("Too many requests are waiting.") from error
-                await asyncio.sleep(0.2 * 2**attempt)  # this one was accepted before its replica died
-                continue
             except (RayActorError, DeploymentUnavailableError) as error:
-                log.warning("Attempt %d of %s: its replica is gone: %s", attempt + 1, method, error)
+                deaths += 1
                 self._retried.inc()
-                await asyncio.sleep(0.2 * 2**attempt)
-                continue
-            if isinstance(outcome, Refusal):
-                if arguments[0] == "delete" and attempt and outcome.status == 404:
+                log.warning("The replica of a request is gone, attempt %d: %s", deaths, error)
+            else:
+                if not isinstance(outcome, Refusal):
+                    return outcome
+                if deaths and outcome.status == 404 and arguments[:1] == ("delete",):
                     return None  # the replica that died had deleted it
                 raise HTTPException(outcome.status, outcome.detail)
-            return outcome
-        raise self._busy(f"{ATTEMPTS} replicas in a row could not answer.")
+            await asyncio.sleep(0.2)
+        raise self._busy(f"{deaths} replicas died over this request.")
 
     @api.post("/predict/{adapter}", openapi_extra=upload_of("image/*"), responses=answers(400, 404, 413, 415))
     async def predict(
@@ -842,8 +887,9 @@ def parse(arguments: Sequence[str]) -> tuple[Options, argparse.Namespace]:
     parser.add_argument("backbone", help=Options.model_fields["backbone"].description)
     for name, field in Options.model_fields.items():
         if name != "backbone":
-            flag = "--" + name.replace("_", "-")
-            parser.add_argument(flag, default=field.default, help=f"{field.description}; default {field.default}")
+            how: dict[str, Any] = {"action": "store_true"} if field.annotation is bool else {"default": field.default}
+            about = field.description or ""
+            parser.add_argument("--" + name.replace("_", "-"), help=f"{about}; default {field.default}", **how)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all; default 127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
     parser.add_argument("--metrics-port", type=int, help="port of Prometheus metrics; default: any free one")
@@ -872,6 +918,12 @@ def drain(options: Options) -> None:
 def main() -> None:
     options, parsed = parse(sys.argv[1:])
     ended = threading.Event()
+
+    def end(*_: Any) -> None:
+        ended.set()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)  # a second one ends at once
+
     if parsed.address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         own: dict[str, Any] = {
@@ -889,7 +941,7 @@ def main() -> None:
             wanted = f"{options.replicas} replicas of {options.threads} threads"
             sys.exit(f"{wanted} need {options.replicas * options.threads} CPUs, but the cluster has {free}.")
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: ended.set())
+            signal.signal(number, end)
         where = "EveryNode" if own == {} else "HeadOnly"
         http = {"host": parsed.host, "port": parsed.port, "request_timeout_s": 2 * options.timeout_s}
         serve.start(proxy_location=where, http_options=http)

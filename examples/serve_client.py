@@ -58,19 +58,22 @@ class Client:
     Args:
         url (`str`): Of the server.
         patience_s (`float`): How long a request is tried again while the server is busy (503), starts or is replaced.
+        timeout_s (`float`): For one try.
         workers (`int`): Requests at a time for a list of images.
     """
 
-    def __init__(self, url: str, *, patience_s: float = 60.0, workers: int = 16) -> None:
+    def __init__(self, url: str, *, patience_s: float = 60.0, timeout_s: float = 120.0, workers: int = 16) -> None:
         self._patience_s = patience_s
         self._threads = ThreadPoolExecutor(workers)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=workers)
-        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(patience_s, connect=5.0), limits=limits)
+        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout_s, connect=5.0), limits=limits)
 
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
