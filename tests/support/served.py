@@ -101,6 +101,7 @@ class Running:
 
     def __init__(self, process: subprocess.Popen[bytes], url: str, metrics: str, log: Path) -> None:
         self.process, self.url, self.metrics, self._log = process, url, metrics, log
+        self._asked_to_end = False
 
     @property
     def log(self) -> str:
@@ -119,7 +120,10 @@ class Running:
         return found
 
     def ask_to_end(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
+        """Once: a second signal ends the server at once."""
+        if not self._asked_to_end:
+            self.process.send_signal(signal.SIGTERM)
+        self._asked_to_end = True
 
 
 @contextmanager
