@@ -951,6 +951,8 @@ def main() -> None:
         print("Draining: requests under way get their answers, new ones 503.", flush=True)
         drain(options)
         serve.shutdown()
+    except KeyboardInterrupt:
+        sys.exit("Ended at once: requests under way are lost.")
     finally:
         ray.shutdown()
     print("Ended.", flush=True)
