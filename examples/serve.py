@@ -945,7 +945,10 @@ def main() -> None:
         where = "EveryNode" if own == {} else "HeadOnly"
         http = {"host": parsed.host, "port": parsed.port, "request_timeout_s": 2 * options.timeout_s}
         serve.start(proxy_location=where, http_options=http)
-        serve.run(build(options), name=APP)
+        try:
+            serve.run(build(options), name=APP)
+        except RuntimeError as error:
+            sys.exit(f"The server does not start; the reason is the last error above. {error}")
         print(f"Ready: http://{parsed.host}:{parsed.port}/docs", flush=True)
         ended.wait()
         print("Draining: requests under way get their answers, new ones 503.", flush=True)

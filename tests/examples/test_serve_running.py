@@ -259,6 +259,22 @@ def test_an_end_loses_no_request_that_was_accepted(files, store, tmp_path):
     assert counts[200] and set(counts) <= {200, 503, 404, "broken off", "no connection"}
 
 
+@pytest.mark.slow
+def test_requests_that_a_replica_has_accepted_are_answered_by_another_one_when_it_is_killed(files, store, tmp_path):
+    """With a batch that waits for a second, all are accepted and none is answered when the replica is killed."""
+    arguments = ["--adapters", store, "--replicas", 2, "--max-batch", 64, "--batch-wait-ms", 1000]
+    with server(files / "backbone", *arguments, log=tmp_path / "log") as running, ThreadPoolExecutor(24) as pool:
+        with Client(running.url, patience_s=0) as client:
+            client(IMAGE, "a")
+            visits = [pool.submit(client.answer, picture(number), "a") for number in range(24)]
+            time.sleep(0.6)
+            assert not any(visit.done() for visit in visits)
+            os.kill(min(running.pids("Backbone")), signal.SIGKILL)
+            answers = [visit.result() for visit in visits]
+        assert len({answer["replica"] for answer in answers}) == 1
+        assert eventually(lambda: "The replica of a request is gone" in running.log, 10)
+
+
 class History:
     """Which versions the store had of each adapter, and when."""
 
@@ -350,6 +366,7 @@ def test_two_replicas_with_changes_and_a_death_answer_a_thousand_mixed_requests(
         assert eventually(lambda: len(running.pids("Backbone")) == 2, 60), "the one that died is replaced"
         after = running.pids("Backbone")
         seen = {answer["replica"] for *_, answer in visits if answer}
+        retried = running.log.count("The replica of a request is gone")
 
     assert len(visits) == 1000 and len(after & before) == 1
     for name, image, start, end, answer in visits:
@@ -363,6 +380,7 @@ def test_two_replicas_with_changes_and_a_death_answer_a_thousand_mixed_requests(
     print(
         f"\n1000 requests in {lasted:.1f} s, p50 {np.percentile(times, 50):.0f} ms, "
         f"p99 {np.percentile(times, 99):.0f} ms, longest {times.max():.0f} ms; "
-        f"{missing} of removed adapters; changes {dict(changes)}; replicas {seen}"
+        f"{missing} of removed adapters; changes {dict(changes)}; replicas {seen}, "
+        f"{retried} retries"
     )
     assert sum(changes.values()) > 20 and min(changes[how] for how in ("put", "folder", "delete", "new")) > 0
