@@ -3,7 +3,8 @@
 
     python -m benchmarks.serving_table benchmarks/results/serving.jsonl benchmarks/results/eight_bit.jsonl
 
-Ratios are medians over the rounds of a run, in brackets the least and the most.
+Ratios are medians over the rounds of a run, in brackets the least and the most; those of batches are of CPU time
+(`--wall` for wall time), because other programs on a shared machine take their turns between the rounds too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def of_kind(rows: list[Row], measured: str) -> list[Row]:
     return [row for row in rows if row["measured"] == measured]
 
 
-def table_of_batches(rows: list[Row], size: int) -> str:
+def table_of_batches(rows: list[Row], size: int, clock: str = "cpu_ratio") -> str:
     """A line per method, a column per number of adapters, for one batch size."""
     members = [row for row in rows if row["batch_size"] == size]
     counts = sorted({row["num_adapters"] for row in members})
@@ -33,7 +34,7 @@ def table_of_batches(rows: list[Row], size: int) -> str:
     for method in dict.fromkeys(row["method"] for row in members):
         cells = []
         for count in counts:
-            found = [row["wall_ratio"] for row in members if (row["method"], row["num_adapters"]) == (method, count)]
+            found = [row[clock] for row in members if (row["method"], row["num_adapters"]) == (method, count)]
             cells.append("{:.2f} ({:.2f} to {:.2f})".format(*found[-1]) if found else "")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -75,9 +76,12 @@ def tables_of_eight_bit(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
-    rows = [row for path in parser.parse_args().results for row in read_lines(path)]
+    parser.add_argument("--wall", action="store_true", help="ratios of wall time")
+    args = parser.parse_args()
+    rows = [row for path in args.results for row in read_lines(path)]
+    clock = "wall_ratio" if args.wall else "cpu_ratio"
     batches = of_kind(rows, "batch")
-    parts = [table_of_batches(batches, size) for size in sorted({row["batch_size"] for row in batches})]
+    parts = [table_of_batches(batches, size, clock) for size in sorted({row["batch_size"] for row in batches})]
     if memory := of_kind(rows, "memory"):
         parts.append(table_of_memory(memory))
     if eight_bit := of_kind(rows, "eight_bit"):
