@@ -62,11 +62,8 @@ def tables_of_eight_bit(rows: list[Row]) -> str:
         members = {row["batch_size"]: row for row in timed if row["graph"] == graph}
         cells = ["{:.2f} ({:.2f} to {:.2f})".format(*members[size]["times_as_fast"]) for size in (1, 32)]
         lines.append(f"| {graph} | {members[1]['megabytes']:.1f} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| task | graph | same label as float | accuracy | accuracy, head refitted |",
-        "|---|---|---:|---:|---:|",
-    ]
+    columns = ("same label as float", "same label alone as in a batch", "accuracy", "accuracy, head refitted")
+    lines += ["", f"| task | graph | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
     for row in (row for row in rows if "task" in row):
         numbers = " | ".join(f"{100 * row[name]:.1f} %" for name in COLUMNS)
         lines.append(f"| {row['task']} | {row['graph']} | {numbers} |")
@@ -83,6 +80,7 @@ def main() -> None:
     batches = of_kind(rows, "batch")
     parts = [table_of_batches(batches, size, clock) for size in sorted({row["batch_size"] for row in batches})]
     if memory := of_kind(rows, "memory"):
+        memory = list({row["method"]: row for row in sorted(memory, key=lambda row: row["num_adapters"])}.values())
         parts.append(table_of_memory(memory))
     if eight_bit := of_kind(rows, "eight_bit"):
         parts.append(tables_of_eight_bit(eight_bit))
