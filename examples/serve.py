@@ -5,7 +5,7 @@
 pip install -e ".[serve]"
 python examples/serve.py exported/ --adapters adapters/ --replicas 2   # this machine; Ctrl-C drains and ends it
 curl --data-binary @photo.jpg 'http://localhost:8000/predict/pets?top_k=3'
-cd examples && serve run serve:build backbone=/data/exported adapters=/data/adapters replicas=8   # a running Ray cluster
+cd examples && serve run --working-dir . serve:build backbone=/data/exported adapters=/data/adapters   # a Ray cluster
 ```
 
 `exported/` is what `peft_e2vpt.export.export_backbone` wrote, with the settings of the image processor beside it
@@ -27,7 +27,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 Picture = str | Path | bytes | Image.Image
@@ -45,7 +45,7 @@ def bytes_of(image: Picture) -> bytes:
         return image
     if isinstance(image, Image.Image):
         file = io.BytesIO()
-        image.save(file, "PNG")
+        ImageOps.exif_transpose(image).convert("RGB").save(file, "PNG")
         return file.getvalue()
     return Path(image).read_bytes()
 

@@ -42,13 +42,13 @@ class FollowingBank:
         max_file (`int`): Size of a file, beyond which it is refused.
 
     Attributes:
-        bank (`AdapterBank`): What is loaded.
+        adapters (`AdapterBank`): What is loaded.
         versions (`dict[str, str]`): A hash of the file of each adapter.
         refused (`dict[str, str]`): Why a file was not taken, by its name.
     """
 
     def __init__(self, backbone: Path, store: Store, own: Path, *, max_bytes: int, max_file: int) -> None:
-        self.bank = AdapterBank(backbone, max_bytes=max_bytes)
+        self.adapters = AdapterBank(backbone, max_bytes=max_bytes)
         self.store, self._own, self._max_file = store, own, max_file
         self.versions: dict[str, str] = {}
         self.refused: dict[str, str] = {}
@@ -101,7 +101,7 @@ class FollowingBank:
         copy = self._own / f"{name}.{version}{SUFFIX}"
         try:
             copy.write_bytes(data)
-            self.bank.add(name, copy)
+            self.adapters.add(name, copy)
         except BaseException:
             copy.unlink(missing_ok=True)
             raise
@@ -113,7 +113,7 @@ class FollowingBank:
         self._seen.pop(name, None)
         self.refused.pop(name, None)
         if name in self.versions:
-            self.bank.remove(name)
+            self.adapters.remove(name)
             self._drop_copy(name)
             del self.versions[name]
             log.info("The adapter %s is removed.", name)
@@ -124,11 +124,6 @@ class FollowingBank:
 
     def known(self, name: str) -> bool:
         return name == BASE or name in self.versions
-
-    def labels(self, name: str) -> tuple[str, ...]:
-        """The classes of an adapter; empty for a base model that names none."""
-        labels: tuple[str, ...] = self.bank.labels(name)
-        return labels
 
 
 def own_folder() -> Path:

@@ -106,14 +106,14 @@ class Classifier:
             max_bytes=int(options.adapter_memory_mb * 2**20),
             max_file=int(options.max_adapter_mb * 2**20),
         )
-        self.layout = self.bank.bank.layout
+        self.layout = self.bank.adapters.layout
         if list(self.layout.images) != ["pixel_values"] or "logits" not in self.layout.outputs:
             taken, given = ", ".join(self.layout.images), ", ".join(self.layout.outputs)
             raise ValueError(f"This server classifies images, but the graph takes {taken} and gives {given}.")
         self.processor = AutoImageProcessor.from_pretrained(self.folder)
         self.run = open_graph(self.folder, options.backend, options.threads)
         blank = self.pixels_of(Image.new("RGB", (64, 64)))
-        logits = self.run(blank[None], self.bank.bank.inputs([BASE]))  # warms up, too
+        logits = self.run(blank[None], self.bank.adapters.inputs([BASE]))  # warms up, too
         if logits.ndim != 2:
             raise ValueError(f"This server classifies images, but the logits of the graph have shape {logits.shape}.")
         self.bank.follow()
@@ -134,33 +134,32 @@ class Classifier:
         self.bank.follow(set(names))
         outcomes: list[Any] = [None if self.bank.known(name) else self._unknown(name) for name in names]
         places = [place for place, outcome in enumerate(outcomes) if outcome is None]
-        parts = [places]
-        if not self.layout.per_sample_heads:  # one head for the whole batch
+        if self.layout.per_sample_heads:
+            parts = [places] if places else []
+        else:  # one head for the whole batch
             parts = [[p for p in places if names[p] == name] for name in dict.fromkeys(names[p] for p in places)]
-        for part in filter(None, parts):
-            for place, outcome in zip(
-                part, self._logits([names[p] for p in part], [pixels[p] for p in part]), strict=True
-            ):
-                outcomes[place] = outcome
+        for part in parts:
+            answers = self._logits([names[p] for p in part], [pixels[p] for p in part])
+            for place, answer in zip(part, answers, strict=True):
+                outcomes[place] = answer
         return outcomes
 
     def _logits(self, names: list[str], pixels: list[np.ndarray]) -> list[Classified | Refusal]:
         try:
-            rows = self.run(np.stack(pixels), self.bank.bank.inputs(names))
+            batch = self.bank.adapters.batch(names)
+            rows = self.run(np.stack(pixels), batch.inputs)
         except Exception as error:
             if len(names) == 1:
                 log.exception("The adapter %s does not run.", names[0])
                 return [Refusal(500, f"The adapter {names[0]} does not run: {error}")]
             log.warning("A batch of %d does not run, so its images run one by one: %s", len(names), error)
             return [self._logits([name], [image])[0] for name, image in zip(names, pixels, strict=True)]
-        return [self._classified(name, row) for name, row in zip(names, rows, strict=True)]
-
-    def _classified(self, name: str, row: np.ndarray) -> Classified | Refusal:
-        labels = self.bank.labels(name) or tuple(str(number) for number in range((row > -np.inf).sum()))
-        logits = row[: len(labels)]
-        if not np.isfinite(logits).all():
-            return Refusal(500, f"The adapter {name} gives scores that are not finite for this image.")
-        return Classified(labels, logits, self.bank.versions.get(name, ""))
+        return [
+            Classified(labels, logits, self.bank.versions.get(name, ""))
+            if np.isfinite(logits).all()
+            else Refusal(500, f"The adapter {name} gives scores that are not finite for this image.")
+            for name, labels, logits in zip(names, batch.labels, batch.split(rows), strict=True)
+        ]
 
     def _unknown(self, name: str) -> Refusal:
         reason = f" Its file was refused: {self.bank.refused[name]}" if name in self.bank.refused else ""
@@ -173,7 +172,7 @@ class Classifier:
 
         def check(path: Path) -> None:
             rows = read_adapter(self.layout, path)
-            room = self.bank.bank.max_bytes
+            room = self.bank.adapters.max_bytes
             if room is not None and rows.nbytes > room:
                 raise ValueError(f"{path} takes {rows.nbytes:,} bytes, more than the {room:,} of a replica.")
             labels.extend(rows.labels)
@@ -208,7 +207,7 @@ class Classifier:
         self.bank.follow()
         return {
             "adapters": [
-                {"name": name, "version": version, "labels": list(self.bank.labels(name))}
+                {"name": name, "version": version, "labels": list(self.bank.adapters.labels(name))}
                 for name, version in sorted(self.bank.versions.items())
             ],
             "refused": dict(sorted(self.bank.refused.items())),

@@ -162,7 +162,7 @@ class Ingress:
                     return None  # the replica that died had deleted it
                 raise HTTPException(outcome.status, outcome.detail)
             await asyncio.sleep(0.2)
-        raise self._busy(f"{deaths} replicas died over this request.")
+        raise self._busy(f"No replica has answered this request; {deaths} died over it.")
 
     @api.post("/predict/{adapter}", openapi_extra=upload_of("image/*"), responses=answers(400, 404, 413, 415))
     async def predict(
@@ -206,10 +206,13 @@ class Ingress:
 
     @api.get("/healthz", responses=answers())
     async def health(self) -> dict[str, Any]:
-        """Says what one of the replicas has loaded; 503 when there is none, or the server ends."""
+        """Says what a replica has loaded, or that all are busy; 503 when there is none, or the server ends."""
         if self._draining:
             raise self._busy("The server ends.")
         try:
-            return await asyncio.wait_for(self._ask("health"), 10)
-        except (asyncio.TimeoutError, TimeoutError) as error:
+            health: dict[str, Any] = await asyncio.wait_for(self._backbone.health.remote(), 10)
+        except BackPressureError:
+            return {"status": "busy"}
+        except (RayActorError, DeploymentUnavailableError, asyncio.TimeoutError, TimeoutError) as error:
             raise self._busy("No replica has answered within 10 s.") from error
+        return health

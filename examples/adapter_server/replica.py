@@ -59,7 +59,7 @@ class Backbone:
                 bank = self._classifier.bank
                 self._loaded.set(len(bank.versions))
                 self._refused.set(len(bank.refused))
-                self._bytes.set(bank.bank.nbytes)
+                self._bytes.set(bank.adapters.nbytes)
             except Exception:
                 log.exception("The adapters could not be followed; the next try is in %s s.", self._options.poll_s)
             await asyncio.sleep(self._options.poll_s)
@@ -127,7 +127,7 @@ class Backbone:
             "backend": self._options.backend,
             "adapters": len(bank.versions),
             "refused": len(bank.refused),
-            "adapter_bytes": bank.bank.nbytes,
+            "adapter_bytes": bank.adapters.nbytes,
             "answered": self._answered,
             "replica": self._id,
             "pid": os.getpid(),

@@ -152,8 +152,11 @@ def tensors_of(head: nn.Module) -> dict[str, Tensor]:
 
 
 def _fingerprint(base: nn.Module, heads: Sequence[str]) -> str:
-    """A hash of norms and biases of the frozen backbone, which quantised and half-precision copies share."""
-    digest = hashlib.sha256(type(base).__name__.encode())
+    """A hash of norms and biases of the frozen backbone, which quantised and half-precision copies share.
+
+    Names and order of parameters do not enter it: they differ between versions of transformers.
+    """
+    digests = []
     for name, parameter in base.named_parameters():
         name = name.replace(".original_module.", ".")
         is_adapters = name.startswith(f"{CONTAINER}.") or ".modules_to_save." in name
@@ -161,9 +164,9 @@ def _fingerprint(base: nn.Module, heads: Sequence[str]) -> str:
             continue
         if any(name.startswith(f"{head}.") for head in heads):
             continue
-        digest.update(name.encode())
-        digest.update(parameter.detach().to("cpu", torch.bfloat16).float().numpy().tobytes())
-    return digest.hexdigest()
+        values = parameter.detach().to("cpu", torch.bfloat16).float().numpy()
+        digests.append(hashlib.sha256(values.tobytes()).digest())
+    return hashlib.sha256(type(base).__name__.encode() + b"".join(sorted(digests))).hexdigest()
 
 
 def layout_of(model: nn.Module) -> GraphLayout:

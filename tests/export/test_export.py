@@ -172,7 +172,7 @@ def test_adapters_tell_different_numbers_of_classes_apart(tmp_path: Path) -> Non
     names = ["few", "a", BASE]
     logits = run(pixels, names)
     assert logits[0, 2:].isneginf().all() and logits[1:].isfinite().all()
-    parts = bank.split(logits, names)
+    parts = bank.batch(names).split(logits)
     torch.testing.assert_close(parts[0], predict(few, {"pixel_values": pixels[:1]})[0], rtol=1e-4, atol=1e-5)
     assert [len(part) for part in parts] == [2, 5, 5]
 
@@ -263,15 +263,20 @@ def damaged(
 DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
     "another backbone": ({"metadata": {"fingerprint": "0" * 64}}, "trained on another backbone"),
     "no exported adapter": ({"metadata": {"kind": "pt"}}, "is not an exported adapter"),
-    "a later version": ({"metadata": {"format": "99"}}, "of a later version: upgrade peft_e2vpt"),
+    "a later version": ({"metadata": {"format": "99"}}, "of another version, 99: upgrade peft_e2vpt"),
+    "a version that is no number": ({"metadata": {"format": "x"}}, "of another version, x"),
     "labels that are no list": ({"metadata": {"labels": '{"a": 1}'}}, "labels is not a list of names"),
     "labels that are no JSON": ({"metadata": {"labels": "["}}, "cannot be read as an exported adapter"),
     "an unknown tensor": ({"tensors": {"rows.9.keys": torch.zeros(4, 2, 8)}}, "rows.9.keys .* takes no such tensor"),
     "another width": ({"tensors": {"rows.0.keys": torch.zeros(4, 5, 9)}}, r"rows.0.keys .* takes \(4, any, 8\)"),
     "other rows in keys": ({"tensors": {"rows.0.keys": torch.zeros(4, 9, 8)}}, "another number of rows"),
     "no head": ({"without": "head.classifier.weight"}, "has no head.classifier.weight"),
-    "values that are not finite": ({"tensors": {"rows.0.keys": torch.full((4, 5, 8), torch.nan)}}, "finite float32"),
-    "half precision": ({"tensors": {"rows.0.keys": torch.zeros(4, 5, 8).half()}}, "finite float32"),
+    "values that are not finite": ({"tensors": {"rows.0.keys": torch.full((4, 5, 8), torch.nan)}}, "not finite"),
+    "half precision": ({"tensors": {"rows.0.keys": torch.zeros(4, 5, 8).half()}}, "is of F16 instead of F32"),
+    "bfloat16": ({"tensors": {"rows.0.keys": torch.zeros(4, 5, 8).bfloat16()}}, "is of BF16 instead of F32"),
+    "names of other classes": ({"metadata": {"labels": '["a", "b"]'}}, "names 2 classes, but its head has 5"),
+    "a bias of other classes": ({"tensors": {"head.classifier.bias": torch.zeros(3)}}, "are not of as many classes"),
+    "a head of other width": ({"tensors": {"head.classifier.weight": torch.zeros(5, 9)}}, r"takes \(any, 32\)"),
 }
 
 
