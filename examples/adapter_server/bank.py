@@ -3,24 +3,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 from peft_e2vpt.export import AdapterBank
 
 from .options import BASE, NAME, log
 from .store import SUFFIX, Store
-
-
-OWN = "served-adapters-"
-_locks: list[IO[str]] = []  # held while this process lives
 
 
 def version_of(data: bytes) -> str:
@@ -124,16 +115,3 @@ class FollowingBank:
 
     def known(self, name: str) -> bool:
         return name == BASE or name in self.versions
-
-
-def own_folder() -> Path:
-    """Makes a folder for this process, and removes those of processes that were killed: nobody locks them any more."""
-    for lock in Path(tempfile.gettempdir()).glob(f"{OWN}*/lock"):
-        with suppress(OSError), lock.open() as file:  # locked by a process that lives, or removed meanwhile
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent)
-    folder = Path(tempfile.mkdtemp(prefix=OWN))
-    _locks.append((folder / "new").open("w"))
-    fcntl.flock(_locks[-1], fcntl.LOCK_EX)
-    (folder / "new").rename(folder / "lock")  # only now can others see it
-    return folder

@@ -14,9 +14,9 @@ import numpy as np
 from ray import serve
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from .bank import own_folder
 from .classifier import Classified, Classifier, Scores, read_image, scores_of
 from .options import Options, Refusal, log
+from .scratch import own_folder
 
 
 STUCK_S = 120.0  # a replica whose batch takes longer is replaced

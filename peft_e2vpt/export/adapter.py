@@ -205,13 +205,10 @@ def _check_shapes(layout: GraphLayout, shapes: dict[str, tuple[int, ...]], path:
             expected[f"rows.{number}.bias"] = (None,)
     heads: dict[str, tuple[int | None, ...]] = {}
     for head in layout.heads:
-        classes = {
-            shapes[f"head.{head.path}.{name}"][:1] for name in head.shapes if f"head.{head.path}.{name}" in shapes
-        }
-        if head.per_sample and len(classes) > 1:
+        names = {f"head.{head.path}.{name}": shape for name, shape in head.shapes.items()}
+        if head.per_sample and len({shapes[name][:1] for name in names if name in shapes}) > 1:
             raise ValueError(f"{path}: weight and bias of the head {head.path} are not of as many classes.")
-        for name, shape in head.shapes.items():
-            heads[f"head.{head.path}.{name}"] = (None, *shape[1:]) if head.per_sample else shape
+        heads.update({name: (None, *shape[1:]) if head.per_sample else shape for name, shape in names.items()})
     expected.update(heads)
     for name, shape in shapes.items():
         wanted = expected.get(name)

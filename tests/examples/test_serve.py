@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""The pieces of `examples/serve.py` that know HTTP, images and Ray: uploads, answers, retries, commands, the client."""
+"""Pieces of `examples/serve.py` without a server: uploads, images, requests that are tried again, commands, client."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ray.serve.exceptions import BackPressureError  # noqa: E402
 from serve_client import Client, ServerError, bytes_of  # noqa: E402
 
 
-# --------------------------------------------------------------------------------------------------- uploads and images
+# -------------------------------------------------------------------------------------------------- uploads and images
 
 
 def body(parts: list[bytes], *, limit_mb: float = 1, **headers: str) -> bytes:
@@ -110,7 +110,7 @@ def test_scores_are_those_of_the_pipelines_of_transformers():
     assert scores_of(logits, "none").tolist() == [2, -1, 1000]
 
 
-# ------------------------------------------------------------------------------------------------- ingress and commands
+# ------------------------------------------------------------------------------------------------ ingress and commands
 
 
 class Replicas:
@@ -221,7 +221,7 @@ def _deployments(application: Any) -> list[Any]:
     return [ingress_of, *(value._bound_deployment for value in inner)]
 
 
-# ----------------------------------------------------------------------------------------------------------- the client
+# ---------------------------------------------------------------------------------------------------------- the client
 
 
 def client_of(*answers: httpx.Response | Exception, patience_s: float = 30) -> tuple[Client, list[httpx.Request]]:

@@ -24,7 +24,7 @@ from tests.support.paths import EXAMPLES, ROOT  # noqa: E402
 from tests.support.served import export, picture, put, variant, version_of  # noqa: E402
 
 
-# ---------------------------------------------------------------------------------------------------- what replicas are
+# --------------------------------------------------------------------------------------------------- what replicas are
 
 
 @pytest.fixture(scope="module")
@@ -244,9 +244,7 @@ def test_a_folder_that_lacks_something_is_refused_with_what_to_do(files, store, 
 
 
 def test_a_folder_of_a_process_that_was_killed_is_removed_and_others_are_not(tmp_path):
-    code = (
-        "import os; from adapter_server.bank import own_folder; print(own_folder(), flush=True); input(); os._exit(1)"
-    )
+    code = "import os; from adapter_server.scratch import own_folder; print(own_folder(), flush=True); input(); os._exit(1)"
     env = {"PATH": "", "TMPDIR": str(tmp_path), "PYTHONPATH": f"{EXAMPLES}:{ROOT}"}
 
     def start() -> tuple[subprocess.Popen[str], Path]:
@@ -271,7 +269,7 @@ def test_a_store_that_is_neither_folder_nor_repository_is_refused(tmp_path):
         open_store(str(tmp_path / "none"), 1)
 
 
-# -------------------------------------------------------------------------------------------------------------- the Hub
+# ------------------------------------------------------------------------------------------------------------- the Hub
 
 FOLLOW = """
 import sys
