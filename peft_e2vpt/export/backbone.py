@@ -136,10 +136,10 @@ class BackboneGraph(nn.Module):
             output = self.base(**images)
         finally:
             self._adapters.rows, self._adapters.heads = {}, {}
-        return _named(output)
+        return outputs_by_name(output)
 
 
-def _named(output: Any) -> dict[str, Tensor]:
+def outputs_by_name(output: Any) -> dict[str, Tensor]:
     """The tensors of an output by name; those of a tuple are numbered."""
     if isinstance(output, Tensor):  # of a model of timm
         return {"logits": output}

@@ -244,7 +244,7 @@ def test_a_folder_that_lacks_something_is_refused_with_what_to_do(files, store, 
 
 
 def test_a_folder_of_a_process_that_was_killed_is_removed_and_others_are_not(tmp_path):
-    code = "import os; from adapter_server.scratch import own_folder; print(own_folder(), flush=True); input(); os._exit(1)"
+    code = "from adapter_server.scratch import own_folder as new; print(new(), flush=True); input()"
     env = {"PATH": "", "TMPDIR": str(tmp_path), "PYTHONPATH": f"{EXAMPLES}:{ROOT}"}
 
     def start() -> tuple[subprocess.Popen[str], Path]:
