@@ -208,7 +208,7 @@ def _check_shapes(layout: GraphLayout, shapes: dict[str, tuple[int, ...]], path:
         names = {f"head.{head.path}.{name}": shape for name, shape in head.shapes.items()}
         if head.per_sample and len({shapes[name][:1] for name in names if name in shapes}) > 1:
             raise ValueError(f"{path}: weight and bias of the head {head.path} are not of as many classes.")
-        heads.update({name: (None, *shape[1:]) if head.per_sample else shape for name, shape in names.items()})
+        heads.update({name: (None, *shape[1:]) if head.any_classes else shape for name, shape in names.items()})
     expected.update(heads)
     for name, shape in shapes.items():
         wanted = expected.get(name)

@@ -105,38 +105,65 @@ def test_the_graph_equals_the_model_in_float64() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+# Their plain versions are exported, but no input can say which adapter a sample has. `checks.WITHOUT_EXPORT` has those
+# whose plain versions are not exported either.
+WITHOUT_ADAPTERS_AS_INPUTS = {"x_clip_vision": "frames, of which the last layers see one sequence a video"}
+
+
+@pytest.mark.parametrize("name", WITHOUT_ADAPTERS_AS_INPUTS)
+def test_a_backbone_whose_samples_share_a_sequence_is_refused(name: str, tmp_path: Path) -> None:
+    base, inputs = checks.build(name)
+    with pytest.raises(ValueError, match="samples that share one packed sequence need equal prompts"):
+        export_backbone(base, tmp_path, format="torch", example_inputs=inputs)
+
+
+def outputs_of(
+    folder: Path, bank: AdapterBank, format: str, images: dict[str, Tensor], name: str
+) -> dict[str, Tensor]:
+    """All outputs of what was exported, with one adapter for all samples."""
+    names = [name] * len(next(iter(images.values())))
+    if format == "torch":
+        with torch.no_grad():
+            program = torch.export.load(folder / "backbone.pt2").module()
+            return program(images, bank.inputs(names, library="torch"))
+    session = pytest.importorskip("onnxruntime").InferenceSession(folder / "backbone.onnx")
+    given = {**{key: value.numpy() for key, value in images.items()}, **bank.inputs(names)}
+    taken = [node.name for node in session.get_inputs()]  # without what the model does not read
+    arrays = session.run(None, {key: given[key] for key in taken})
+    return {node.name: torch.from_numpy(array) for node, array in zip(session.get_outputs(), arrays, strict=True)}
+
+
+def sweep() -> list[Any]:
+    """The zoo in both formats; a few models in one of them are in quick runs too."""
+    found = []
+    for name in zoo.names(attention=True):
+        if name not in {**checks.WITHOUT_EXPORT, **WITHOUT_ADAPTERS_AS_INPUTS} and not zoo.is_timm(name):
+            quick = [] if name in ("hiera", "beit", "yolos") else [pytest.mark.slow]
+            found.append(pytest.param(name, "torch", marks=[*marks_of(name), *quick]))
+            found.append(pytest.param(name, "onnx", marks=[*marks_of(name), pytest.mark.slow]))
+    return found
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=[*marks_of(name), *([] if name in ("hiera", "beit", "yolos") else [pytest.mark.slow])]
-        )
-        for name in zoo.names(attention=True)
-        if name not in checks.WITHOUT_EXPORT and not zoo.is_timm(name)
-    ],
-)
-def test_every_backbone_that_exports_takes_adapters_as_inputs(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, format", sweep())
+def test_every_backbone_that_exports_takes_adapters_as_inputs(name: str, format: str, tmp_path: Path) -> None:
     reason = checks.missing(name)
     if reason:
         pytest.skip(f"not in this environment: {reason}")
     base, inputs = checks.build(name)
-    config = {"modules_to_save": None}
-    model = get_peft_model(base, checks.config(**config), "a")
-    model.add_adapter("b", checks.config(num_visual_prompts=2, seed=5, **config))
+    model = get_peft_model(base, checks.config(modules_to_save=None), "a")
+    model.add_adapter("b", checks.config(num_visual_prompts=2, seed=5, modules_to_save=None))
     with torch.no_grad():
         checks.disturb_heads(model)
     model.eval()
-    layout = export_backbone(model, tmp_path, format="torch", example_inputs=inputs)
+    layout = export_backbone(model, tmp_path, format=format, example_inputs=inputs)
     bank = AdapterBank(tmp_path)
-    program = torch.export.load(tmp_path / "backbone.pt2").module()
-    batch = len(next(iter(inputs.values())))
     for adapter in "ab":
         bank.add(adapter, export_adapter(model, adapter, tmp_path / f"{adapter}.safetensors"))
         model.set_adapter(adapter)
         with torch.no_grad():
             expected = outputs_by_name(model(**inputs))
-            found = program(inputs, bank.inputs([adapter] * batch, library="torch"))
+        found = outputs_of(tmp_path, bank, format, inputs, adapter)
         assert tuple(found) == tuple(expected) == layout.outputs
         assert max(checks.apart(found[key], expected[key]) for key in expected) < 1e-4
 
