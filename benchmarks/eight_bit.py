@@ -1,7 +1,7 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
 """The exported backbone in 8 bit: does it give the labels of the float one, with adapters, and how much faster is it?
 
-    pip install -e '.[benchmarks]' onnxruntime
+    pip install -e '.[benchmarks]'
     OMP_NUM_THREADS=1 python -m benchmarks.eight_bit --output eight_bit.jsonl       # solar cells, digits, orientation
     python -m benchmarks.serving_table eight_bit.jsonl
 

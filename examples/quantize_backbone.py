@@ -1,7 +1,7 @@
 """Quantises an exported backbone to 8 bit with onnxruntime; its adapters stay as they are.
 
 ```bash
-pip install -e ".[examples]" onnxruntime
+pip install -e ".[export]" pillow
 python examples/quantize_backbone.py exported exported-int8                                    # dynamic
 python examples/quantize_backbone.py exported exported-int8 --images photos --processor MODEL   # static
 ```

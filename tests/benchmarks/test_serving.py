@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import serving, serving_table
+
+pytest.importorskip("onnxscript", reason="needs the extra `export`")
+pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+from benchmarks import serving, serving_table  # noqa: E402
 
 
 METHODS = {

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +17,11 @@ from transformers import ViTImageProcessor
 from benchmarks.baselines import build
 from benchmarks.mixed_batches import add_adapters
 from peft_e2vpt.export import AdapterBank, export_adapter, export_backbone
+
+
+onnx = pytest.importorskip("onnx", reason="needs the extra `export`")
+ort = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+pytest.importorskip("onnxscript", reason="needs the extra `export`")
 
 
 pytestmark = pytest.mark.compile
