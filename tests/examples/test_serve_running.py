@@ -62,11 +62,11 @@ def store(tmp_path_factory: pytest.TempPathFactory, files: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["onnx", "torch"])
+@pytest.fixture(scope="module", params=["onnx", pytest.param("torch", marks=pytest.mark.slow)])
 def running(
     request: pytest.FixtureRequest, files: Path, store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
-    """One replica, with small limits; all tests but the last use it, one for each back end."""
+    """One replica, with small limits, for each back end. Quick runs start this one server alone, with ONNX."""
     small = ["--max-image-mb", LIMIT_MB, "--max-adapter-mb", 1, "--max-pixels", MAX_PIXELS]
     queue = ["--max-batch", 4, "--max-queued", 4, "--poll-s", 0.3]
     arguments = [files / "backbone", "--adapters", store, "--backend", request.param, *small, *queue]
@@ -226,6 +226,7 @@ def test_a_visitor_who_leaves_disturbs_nobody(running, client):
     assert client(IMAGE, "a")
 
 
+@pytest.mark.slow
 def test_an_end_loses_no_request_that_was_accepted(files, store, tmp_path):
     """Each gets its answer. Later ones get 503, then 404 or a broken connection while Ray ends, then no connection."""
     outcomes: list[tuple[float, float, Any]] = []
