@@ -22,6 +22,7 @@ METHODS = {
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 def test_all_ways_to_serve_take_turns_and_their_lines_make_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

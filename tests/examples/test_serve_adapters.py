@@ -7,6 +7,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 
 
 pytest.importorskip("serve", reason="needs the extra `serve`")
+import adapter_server.classifier  # noqa: E402
 from adapter_server.classifier import Classifier, read_image  # noqa: E402
 from adapter_server.options import Options, Refusal, log  # noqa: E402
 from adapter_server.store import open_store  # noqa: E402
@@ -25,6 +28,13 @@ from tests.support.served import export, picture, put, variant, version_of  # no
 
 
 # --------------------------------------------------------------------------------------------------- what replicas are
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graphs_are_opened_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter_server.classifier, "open_graph", cache(adapter_server.classifier.open_graph))
+        yield
 
 
 @pytest.fixture(scope="module")
