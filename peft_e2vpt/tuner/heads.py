@@ -46,6 +46,28 @@ def _joined(path: str, parts: dict[str | None, Any], samples: list[Tensor]) -> A
     return rows[torch.cat(samples).argsort()]
 
 
+class OwnerOfHooks:
+    """Whose hooks on a module of the base model stay behind when an adapter gets a copy of that module."""
+
+
+@contextmanager
+def _hooks_left_out(module: nn.Module) -> Iterator[None]:
+    """Takes hooks off that a copy of the module would take along, and with them a copy of the whole model."""
+    hooks = [kind for part in module.modules() for kind in (part._forward_hooks, part._forward_pre_hooks)]
+    ours = [
+        {key: hook for key, hook in kind.items() if isinstance(getattr(hook, "__self__", None), OwnerOfHooks)}
+        for kind in hooks
+    ]
+    for kind, taken in zip(hooks, ours, strict=True):
+        for key in taken:
+            del kind[key]
+    try:
+        yield
+    finally:
+        for kind, taken in zip(hooks, ours, strict=True):
+            kind.update(taken)
+
+
 class HeadWrapper(ModulesToSaveWrapper):
     """PEFT's wrapper of a trained module, whose forward pass goes by the adapters that the pass has chosen.
 
@@ -58,6 +80,11 @@ class HeadWrapper(ModulesToSaveWrapper):
     def __init__(self, module: nn.Module, adapter_name: str, path: str) -> None:
         super().__init__(module, adapter_name)
         self._path = path
+
+    def update(self, adapter_name: str, **kwargs: Any) -> None:
+        """Makes the copy of an adapter."""
+        with _hooks_left_out(self.original_module):
+            super().update(adapter_name, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the adapter's copy, or of the original where an adapter has none.

@@ -24,7 +24,7 @@ from .frozen import (
     take_over_input_hooks,
     thaw_statistics,
 )
-from .heads import ClassesOfAdapters, unwrap, wrappers
+from .heads import ClassesOfAdapters, OwnerOfHooks, unwrap, wrappers
 from .layer import E2VPTLayer
 from .shallow import ShallowInsertion
 
@@ -38,7 +38,7 @@ def _refresh_constants_after_load(container: PromptLayers, incompatible_keys: An
         layer.refresh_merged_rows()
 
 
-class PromptLayers(nn.ModuleDict):
+class PromptLayers(OwnerOfHooks, nn.ModuleDict):
     """The child `e2vpt` of an adapted model: an `E2VPTLayer` per self-attention, by the number of the attention.
 
     Args:

@@ -488,6 +488,17 @@ def test_a_model_that_loses_gradients_in_reentrant_checkpoints_is_warned_of_once
         checks.run(model, inputs)
 
 
+@pytest.mark.parametrize("module", ["vit.embeddings", "vit.embeddings.patch_embeddings"])
+def test_a_module_before_the_blocks_can_be_trained_with_checkpoints(module: str) -> None:
+    base, inputs = build("vit")
+    model = get_peft_model(base, config_of(modules_to_save=["classifier", module]))
+    wanted = gradients(model.train(), inputs)
+    checkpoint_activations(model, {"use_reentrant": True})
+    torch.testing.assert_close(gradients(model.train(), inputs), wanted, rtol=1e-4, atol=1e-7)
+    copies = [part for name, part in model.named_modules() if f"{module}.modules_to_save" in name]
+    assert copies and not any(part._forward_hooks for part in copies)
+
+
 @pytest.mark.parametrize("enabled", ["never", "before wrapping", "after wrapping", "twice"])
 def test_inputs_require_gradients_after_unloading_where_they_did_before_wrapping(enabled: str) -> None:
     base, inputs = checks.build("swin")
