@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -111,17 +112,18 @@ def main() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)  # a second one ends at once
 
-    if parsed.address == "local":
+    is_own = parsed.address == "local"
+    if is_own:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        own: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "num_cpus": max(os.cpu_count() or 1, options.replicas * options.threads),
             "object_store_memory": 200 * 2**20,
             "include_dashboard": False,
             "_metrics_export_port": parsed.metrics_port,
         }
     else:
-        own = {}
-    ray.init(address=parsed.address, **own)
+        settings = {"runtime_env": {"py_modules": [str(Path(__file__).parent / "adapter_server")]}}
+    ray.init(address=parsed.address, **settings)
     try:
         free = int(ray.cluster_resources().get("CPU", 0))
         if options.replicas * options.threads > free:
@@ -129,7 +131,7 @@ def main() -> None:
             sys.exit(f"{wanted} need {options.replicas * options.threads} CPUs, but the cluster has {free}.")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, end)
-        where = "EveryNode" if own == {} else "HeadOnly"
+        where = "HeadOnly" if is_own else "EveryNode"
         http = {"host": parsed.host, "port": parsed.port, "request_timeout_s": 2 * options.timeout_s}
         serve.start(proxy_location=where, http_options=http)
         try:
