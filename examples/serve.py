@@ -18,8 +18,7 @@ folder of adapters. Each of them decodes images, gathers them into batches whate
 the files of these adapters before every batch, so that an answer is that of the store when its batch began.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects: `serve run` reads from them that `build` takes `Options`.
 import argparse
 import os
 import signal

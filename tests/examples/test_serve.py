@@ -19,6 +19,7 @@ from adapter_server.ingress import Ingress, body_of  # noqa: E402
 from adapter_server.options import Options, Refusal  # noqa: E402
 from fastapi import HTTPException, Request  # noqa: E402
 from ray.exceptions import ActorDiedError, RayActorError  # noqa: E402
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary  # noqa: E402
 from ray.serve.exceptions import BackPressureError  # noqa: E402
 from serve_client import Client, ServerError, bytes_of  # noqa: E402
 
@@ -208,7 +209,8 @@ def test_the_command_line_and_a_cluster_take_the_same_options(tmp_path):
     assert options == Options(
         backbone=str(tmp_path), adapters=str(tmp_path), replicas="3", read_only="true", max_queued="7"
     )
-    application = serve.build(options)
+    of_cluster = {"backbone": str(tmp_path), "adapters": str(tmp_path), "replicas": "3", "max_queued": "7"}
+    application = call_user_app_builder_with_args_if_necessary(serve.build, of_cluster)  # as `serve run` does
     deployments = {bound.name: bound for bound in _deployments(application)}
     assert deployments["Backbone"].num_replicas == 3 and deployments["Backbone"].max_queued_requests == 7
     # requests that the backbone refuses for want of room never wait in front of the ingress
