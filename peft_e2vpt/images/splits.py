@@ -248,7 +248,7 @@ def _read_all(split: str, dataset: Dataset, bar: Any) -> list[bytes | str]:
 def _progress_bar(total: int) -> Any:
     from transformers.utils import logging
 
-    return logging.tqdm(total=total, desc="Reading every image once", leave=False, unit=" images")
+    return logging.tqdm(total=total, desc="Reading every image once", leave=False, unit=" images", disable=None)
 
 
 def _check_what_is_left(good: dict[str, Dataset], before: DatasetDict) -> None:
