@@ -12,36 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.own_images import draw_images, save_tiny_vit
 from tests.support.paths import EXAMPLES
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Twelve noisy images of two classes, one folder each: dark and bright."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for label, level in (("dark", 30), ("bright", 200)):
-        (folder / label).mkdir()
-        for index in range(6):
-            pixels = level + torch.randint(0, 50, (40, 40, 3), generator=generator)
-            Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / label / f"{index}.png")
-    return folder
+    return draw_images(tmp_path_factory.mktemp("images"), 6)
 
 
 @pytest.fixture(scope="module")
 def tiny_vit(tmp_path_factory) -> Path:
-    """A random ViT of two layers, saved with the configuration of its image processor."""
-    from transformers import ViTConfig, ViTModel
-
-    folder = tmp_path_factory.mktemp("vit")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes), add_pooling_layer=False).save_pretrained(folder)
-    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
+    return save_tiny_vit(tmp_path_factory.mktemp("vit"))
 
 
 def finetune(*arguments: object) -> subprocess.CompletedProcess:
