@@ -48,6 +48,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -442,6 +443,15 @@ def count_trained(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def count_frozen(base_model: nn.Module, head_names: list[str]) -> int:
+    """Counts parameters of a plain model outside its head."""
+    return sum(
+        parameter.numel()
+        for name, parameter in base_model.named_parameters()
+        if not any(name.startswith(f"{head}.") for head in head_names)
+    )
+
+
 @dataclass
 class Run:
     """
@@ -471,8 +481,8 @@ def run_method(method: str, run: Run) -> dict[str, Any]:
     set_seed(args.seed)  # every method starts from the same head and sees the same batches
     labels = splits["train"].features["label"].names
     base_model = load_base_model(model_args.model_name_or_path, labels)
-    num_parameters = sum(parameter.numel() for parameter in base_model.parameters())
     head_names = find_head_names(base_model)
+    num_frozen = 0 if method == "full" else count_frozen(base_model, head_names)
     standardise_heads(base_model, head_names, len(labels))
     model = prepare_model(method, base_model, model_args)
     pruning = make_pruning(method)
@@ -510,7 +520,7 @@ def run_method(method: str, run: Run) -> dict[str, Any]:
     row = {
         "method": method,
         "trained": num_trained,
-        "percent": 100 * num_trained / num_parameters,
+        "percent": 100 * num_trained / (num_trained + num_frozen),
         "accuracy": metrics[f"{name}_accuracy"],
         "balanced_accuracy": metrics[f"{name}_balanced_accuracy"],
         "seconds": training.metrics["train_runtime"],
@@ -555,10 +565,16 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, RecipeArguments]:
     """Reads the command line, or the JSON or YAML file that is its only argument."""
     parser = HfArgumentParser((ModelArguments, DataArguments, RecipeArguments), description=__doc__.split("\n")[0])
     parser.add_argument("--help_all", action="help", help="show all options of transformers too and exit")
+    parser.usage = "python examples/finetune.py [options]; --help lists them"
     if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
         read = parser.parse_json_file if sys.argv[1].endswith(".json") else parser.parse_yaml_file
         return read(sys.argv[1])
-    return parser.parse_args_into_dataclasses()
+    *arguments, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        near = get_close_matches(unknown[0].partition("=")[0], list(parser._option_string_actions), n=1)
+        advice = f"did you mean {near[0]}?" if near else "--help lists those that there are."
+        raise ValueError(f"There is no option {unknown[0]}: {advice}")
+    return tuple(arguments)
 
 
 # What of a run leaves its results as they are; with any other option changed, methods are trained anew.

@@ -50,7 +50,19 @@ def finished(tmp_path_factory, images, tiny_vit) -> tuple[Path, str]:
         "--save_strategy", "steps", "--save_steps", 1,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
+    noise = ("LOAD REPORT", "{'loss'", "{'eval", "train_runtime", "FutureWarning", "Writing model shards", "Traceback")
+    assert not [word for word in noise if word in run.stdout + run.stderr]
     return output, run.stdout
+
+
+@pytest.mark.processes
+def test_verbose_brings_back_what_the_libraries_log(images, tiny_vit, tmp_path):
+    run = finetune(
+        "--model_name_or_path", tiny_vit, "--train_dir", images, "--output_dir", tmp_path, "--method", "linear",
+        "--max_steps", 1, "--use_cpu", "--verbose",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "LOAD REPORT" in run.stderr and "train_runtime" in run.stdout + run.stderr
 
 
 @pytest.mark.processes
@@ -69,6 +81,9 @@ def test_finetune_prints_and_saves_the_table(finished):
     assert rows["e2vpt-pruned"]["trained"] <= rows["e2vpt"]["trained"]
     assert rows["lora"]["trained"] == head + 2 * 2 * 8 * width * layers
     assert rows["full"]["percent"] == 100
+    for method in ("e2vpt", "e2vpt-pruned", "vpt-deep", "vpt-shallow"):
+        card = (output / method / "README.md").read_text()
+        assert f"**{rows[method]['trained']:,} parameters, {rows[method]['percent']:.3f} % of the model**" in card
     assert all(0 <= row["accuracy"] <= 1 and row["seconds"] > 0 for row in rows.values())
 
 
