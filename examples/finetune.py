@@ -532,14 +532,17 @@ def run_method(method: str, run: Run) -> dict[str, Any]:
         f"in {args.output_dir}",
     )
     if args.process_index == 0:
-        report = pruning[0].report if pruning else None
-        name = model_args.model_name_or_path
-        finished = Finished(model, method, args.output_dir, name, labels, row, report, run.dataset_name)
-        finished.write_card()
+        finished_method(row, run).write_card(model)
         comparison.add(row)
-        if run.upload:
-            say(args, f"uploaded to {finished.upload(args.hub_model_id, processor, args)}")
     return row
+
+
+def finished_method(row: dict[str, Any], run: Run) -> Finished:
+    """A method that has been trained and saved, by its row of the table."""
+    args = recipe_of(row["method"], run.args)
+    labels = run.splits["train"].features["label"].names
+    name = run.model_args.model_name_or_path
+    return Finished(row["method"], Path(args.output_dir), name, labels, row, run.dataset_name)
 
 
 def reported_split(splits: DatasetDict) -> str:
@@ -718,6 +721,12 @@ def main() -> None:
     name = reported_split(run.splits)
     say(args, f"\n{name}: {len(run.splits[name]):,} images\n\n{format_table(run.comparison.rows)}")
     say(args, f"\nThe table is in {run.comparison.path}; python examples/figures.py {args.output_dir} draws the run.")
+    if run.upload and args.process_index == 0:
+        (method,) = run.model_args.method
+        row = next(row for row in run.comparison.rows if row["method"] == method)
+        with quiet_files():
+            place = finished_method(row, run).upload(recipe_of(method, args).hub_model_id, args)
+        say(args, f"Uploaded with its card: {place}")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
     from torch import nn
-    from transformers import BaseImageProcessor, TrainingArguments
-
-    from peft_e2vpt import PruningReport
+    from transformers import TrainingArguments
 
 
 METRICS = ("accuracy", "balanced_accuracy")
@@ -25,52 +24,51 @@ class Finished:
     """A trained model in its folder, with what is known of it.
 
     Attributes:
-        model: the model, whose E2VPT adapter is named `default` where it has one.
         method: as `finetune.py` calls it.
         folder: where it has been saved.
         base_model: name or folder of the backbone.
         labels: names of the classes.
         row: of `results.json`.
-        report: of the pruning, if there was one.
-        dataset: name of the data on the Hub, if it comes from there.
+        dataset: name of the images on the Hub, if they come from there.
     """
 
-    model: nn.Module
     method: str
-    folder: str
+    folder: Path
     base_model: str
     labels: list[str]
     row: dict[str, Any]
-    report: PruningReport | None
     dataset: str | None
 
     @property
     def metrics(self) -> dict[str, float]:
         return {name: self.row[name] for name in METRICS}
 
-    def write_card(self, title: str | None = None) -> None:
+    def write_card(self, model: nn.Module) -> None:
         """Writes the card into the folder: this package's for an E2VPT adapter, a short one for another method."""
         from peft_e2vpt.hub.card import write_card
         from peft_e2vpt.hub.companion import facts_of
 
         if self._is_e2vpt():
-            facts = facts_of(self.model, self.model.peft_config["default"], "default")
+            facts = facts_of(model, model.peft_config["default"], "default")
             write_card(self.folder, facts, dataset=self.dataset, metrics=self.metrics)
         else:
-            self._short_card(title or self.method).save(os.path.join(self.folder, "README.md"))
+            self._short_card(self.method).save(self.folder / "README.md")
 
-    def upload(self, repo_id: str, processor: BaseImageProcessor, args: TrainingArguments) -> str:
+    def upload(self, repo_id: str, args: TrainingArguments) -> str:
         """Uploads it with its card, metrics, report and names of classes, and returns the address."""
         from huggingface_hub import HfApi
+        from transformers import AutoImageProcessor
 
         import peft_e2vpt
+        from peft_e2vpt.pruning.report import REPORT_NAME
 
         if self._is_e2vpt():
+            pruned = (self.folder / REPORT_NAME).is_file()
             commit = peft_e2vpt.push_to_hub(
-                self.model,
+                peft_e2vpt.load(self.folder),
                 repo_id,
-                processing_class=processor,
-                report=self.report,
+                processing_class=AutoImageProcessor.from_pretrained(self.folder),
+                report=peft_e2vpt.PruningReport.load(self.folder) if pruned else None,
                 dataset=self.dataset,
                 metrics=self.metrics,
                 private=args.hub_private_repo,
@@ -80,7 +78,7 @@ class Finished:
             return commit.commit_url
         api = HfApi(token=args.hub_token)
         repo_id = api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True).repo_id
-        self.write_card(title=repo_id.split("/")[-1])
+        self._short_card(repo_id.split("/")[-1]).save(self.folder / "README.md")
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=self.folder,
@@ -91,17 +89,14 @@ class Finished:
         return commit.commit_url
 
     def _is_e2vpt(self) -> bool:
-        from peft_e2vpt import E2VPTConfig
+        return self.method not in TITLES
 
-        return isinstance(getattr(self.model, "peft_config", {}).get("default"), E2VPTConfig)
-
-    def _short_card(self, title: str) -> Any:
+    def _short_card(self, title: str) -> ModelCard:
         from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
         from peft_e2vpt.hub.card import is_repo_id
 
         on_the_hub = is_repo_id(self.base_model)
-        is_adapter = hasattr(self.model, "peft_config")
         results = [
             EvalResult(
                 task_type="image-classification",
@@ -116,13 +111,13 @@ class Finished:
             base_model=self.base_model if on_the_hub else None,
             datasets=self.dataset,
             eval_results=results,
-            library_name="peft" if is_adapter and on_the_hub else "transformers",
+            library_name="peft" if self.method == "lora" and on_the_hub else "transformers",
             metrics=list(self.metrics),
             model_name=title,
             pipeline_tag="image-classification",
         )
         numbers = "\n".join(f"| {name.replace('_', ' ')} | {value:.3f} |" for name, value in self.metrics.items())
-        base = f"`{self.base_model}`" if on_the_hub else "a local backbone"
+        base = f"`{self.base_model}`" if on_the_hub else "a backbone from a folder"
         return ModelCard(
             f"---\n{data.to_yaml()}\n---\n\n# {title}\n\nAn image classifier: {TITLES[self.method]} on {base}, "
             f"{self.row['trained']:,} trained parameters ({self.row['percent']:.2f} % of the model).\n\n"
