@@ -31,7 +31,7 @@ import torch
 from comparison import read_results
 from finetune import collate, image_transform, load_processor, load_task, reported_split
 from finetune_options import DataArguments
-from progress import in_one_sentence
+from progress import be_quiet, in_one_sentence, quiet_files
 from transformers import HfArgumentParser
 
 
@@ -159,7 +159,8 @@ def draw(run: Path, args: FigureArguments, data_args: DataArguments) -> Iterator
     of_maps = load_images_of_maps(args, images, first)
     embeddings = {}
     for method, folder in adapted.items():
-        model = peft_e2vpt.load(folder)
+        with quiet_files():
+            model = peft_e2vpt.load(folder)
         for name, figure in draw_attention(model, pixels, of_maps):
             yield f"{method}-{name}", figure
         if not embeddings:
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument(
         "run", nargs="?", type=Path, default=Path("runs/finetune"), help="Output folder of finetune.py."
     )
+    be_quiet(verbose=False)
     with in_one_sentence(verbose=False):
         args, data_args, others = parser.parse_args_into_dataclasses()
         target = Path(args.figures_dir or others.run / "figures")

@@ -167,7 +167,10 @@ class _Found:
         if not with_classes:
             return {}
         if "train" not in {named[top] for top in with_classes}:
-            raise ValueError(f"{self.root} has the splits {_list(sorted(with_classes))}, but none called train.")
+            raise ValueError(
+                f"{self.root} has the splits {_list(sorted(with_classes))}, but none called train: add one, or name "
+                "the folder to train on."
+            )
         beside = [top for top in self.tops() if top not in named]
         if beside:
             raise ValueError(
@@ -193,13 +196,13 @@ class _Found:
         nested = [path for path in self.images if len(path.parts) > 2]
         if loose:
             raise ValueError(
-                f"{_count(loose, 'image')} in {self.root} in no class folder, such as {loose[0]}: images are to lie "
-                f"in one folder per class, {self.root}/CLASS/IMAGE.jpg."
+                f"{_count(loose, 'image')} in {self.root} in no class folder, such as {loose[0]}: put each into the "
+                f"folder of its class, {self.root}/CLASS/IMAGE.jpg."
             )
         if nested:
             tops = self.tops()
             meant = hint and len(tops) == 1 and len({path.parts[1] for path in nested}) > 1
-            advice = f"did you mean {self.root / tops[0]}?" if meant else "move them up into their class."
+            advice = f"did you mean {self.root / tops[0]}?" if meant else "move them up into the class folder."
             raise ValueError(
                 f"{_count(nested, 'image')} in {self.root} in a folder inside a class folder, such as {nested[0]}: "
                 f"{advice}"

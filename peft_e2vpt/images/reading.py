@@ -67,10 +67,13 @@ def as_rgb(image: Image) -> Image:
 
 
 def name_of(source: Any) -> str:
-    """What an error calls an image."""
+    """What an error calls an image: its path, as seen from the working directory if it lies there."""
     if isinstance(source, Mapping):
         source = source.get("path")
-    return str(source) if isinstance(source, (str, Path)) else "An image"
+    if not isinstance(source, (str, Path)):
+        return "An image"
+    here = Path.cwd()
+    return str(Path(source).relative_to(here) if Path(source).is_relative_to(here) else source)
 
 
 def content_of(source: Any, name: str) -> bytes:

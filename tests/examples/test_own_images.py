@@ -385,7 +385,7 @@ MISTAKES = {
     "one class": ({"train_dir": ["a/1.png", "a/2.png"]}, "has images of one class alone, a: a classifier needs"),
     "one image": ({"train_dir": ["a/1.png", "a/2.png", "b/1.png"]}, "The class b has one image alone"),
     "nested": ({"train_dir": ["a/x/1.png", "b/1.png"]}, "in a folder inside a class folder, such as a/x/1.png"),
-    "no train": ({"train_dir": ["val/a/1.png", "val/b/1.png"]}, "has the splits val, but none called train."),
+    "no train": ({"train_dir": ["val/a/1.png", "val/b/1.png"]}, "has the splits val, but none called train: add one"),
     "extra class": ({"validation_dir": ["dark/1.png", "grey/1.png"]}, "classes without training images: grey"),
     "misspelt class": ({"test_dir": ["Dark/1.png", "bright/1.png"]}, "Dark (did you mean dark?)"),
     "share": ({"train_val_split": 15}, "The share of training images for validation lies between 0 and 1, got 15.0."),

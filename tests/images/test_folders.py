@@ -137,13 +137,13 @@ MISTAKES = {
     "one too high": (["images/cat/1.jpg", "images/dog/1.jpg"], "did you mean ROOT/images?"),
     "nested in a split": (
         ["train/cat/a/1.jpg", "train/dog/1.jpg"],
-        "such as cat/a/1.jpg: move them up into their class",
+        "such as cat/a/1.jpg: move them up into the class",
     ),
     "loose in a split": (
         ["train/cat/1.jpg", "train/dog/1.jpg", "train/2.jpg"],
         "1 image lies in ROOT/train in no class",
     ),
-    "no train": (["val/cat/1.jpg", "test/cat/1.jpg"], "ROOT has the splits test, val, but none called train."),
+    "no train": (["val/cat/1.jpg", "test/cat/1.jpg"], "ROOT has the splits test, val, but none called train: add one"),
     "a split twice": (
         [f"{s}/{f}" for s in ("train", "val", "valid") for f in TWO],
         "the split validation twice, as val",
