@@ -290,7 +290,6 @@ def files(*names: str, content: bytes | None = None) -> None:
 
 def finetune(*options: str) -> None:
     """What `examples/finetune.py` does before it trains, on `images`."""
-    pytest.importorskip("evaluate")
     import finetune
 
     parser = transformers.HfArgumentParser((finetune.ModelArguments, finetune.DataArguments, finetune.RecipeArguments))

@@ -21,7 +21,6 @@ from tests.support.paths import ROOT
 
 
 pytest.importorskip("datasets")
-pytest.importorskip("evaluate")
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.processes
 
@@ -121,7 +120,7 @@ def test_every_documented_command_is_one_that_the_script_takes(monkeypatch, tmp_
 def test_bad_files_are_named_before_anything_is_trained(hour):
     text = hour[0]["bad"]
     assert "Error: 2 of 18 images cannot be read" in text
-    assert "dark/cut.jpg is no image" in text and "bright/zero.png is empty (0 bytes)" in text
+    assert "dark/cut.jpg is damaged" in text and "bright/zero.png is empty (0 bytes)" in text
 
 
 def test_the_table_has_a_row_for_each_method(hour):

@@ -25,7 +25,6 @@ from tests.support.paths import EXAMPLES
 
 
 pytest.importorskip("datasets")
-pytest.importorskip("evaluate")
 import figures as figures_script  # noqa: E402
 import finetune as script  # noqa: E402
 
