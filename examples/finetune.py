@@ -491,7 +491,7 @@ def run_method(method: str, run: Run) -> dict[str, Any]:
     args.logging_steps = min(args.logging_steps, max(1, steps // 10))  # also a short run has a curve
     show_progress(trainer, number)
     fit_heads(trainer)
-    checkpoint = args.resume_from_checkpoint or comparison.checkpoint(method)
+    checkpoint = args.resume_from_checkpoint or (None if args.overwrite else comparison.checkpoint(method))
     if checkpoint is not None:
         say(args, f"{method} goes on from {checkpoint}.")
     training = trainer.train(resume_from_checkpoint=checkpoint)

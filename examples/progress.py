@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import datasets
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging
@@ -68,6 +69,7 @@ def be_quiet(verbose: bool) -> None:
         return
     logging.set_verbosity_warning()
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # what is too large is named as bad
     # PEFT asks transformers for what transformers calls by another name now: nothing that a user could change
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
 
@@ -98,3 +100,6 @@ def in_one_sentence(verbose: bool) -> Iterator[None]:
         if verbose:
             raise
         sys.exit(f"Error: {str(error).strip()}")
+    except KeyboardInterrupt:
+        print("\nStopped before anything was trained.", file=sys.stderr)
+        sys.exit(130)

@@ -249,6 +249,23 @@ def test_a_method_goes_on_from_its_last_checkpoint_to_the_same_weights(flags, ru
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
 
 
+def test_everything_is_trained_anew_on_request(run, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "method": "linear"}
+    run(**saving)
+    before = (tmp_path / "run" / "linear" / "model.safetensors").stat().st_mtime_ns
+    text = run("--overwrite", **saving)
+    assert "Finished already" not in text and "goes on from" not in text
+    assert (tmp_path / "run" / "linear" / "model.safetensors").stat().st_mtime_ns != before
+
+
+def test_a_stop_before_training_leaves_no_traceback(run, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "load_task", stop)
+    assert "Stopped before anything was trained." in run() and run.code == 130
+
+
 def test_there_must_be_something_to_resume_from(run):
     text = run("--resume_from_checkpoint")
     assert run.code == 1 and "--resume_from_checkpoint found nothing in" in text
