@@ -499,8 +499,8 @@ def run_method(method: str, run: Run) -> dict[str, Any]:
     with quiet_files():
         trainer.save_model()
     trainer.save_state()  # losses and accuracies of the run, which figures.py draws
-    for callback in pruning:
-        say(args, f"{number}: {save_pruning(callback, Path(args.output_dir))}")
+    if pruning and args.process_index == 0:
+        say(args, f"{number}: {save_pruning(pruning[0], Path(args.output_dir))}")
     num_trained = count_trained(model)
     name = reported_split(splits)
     images = splits[name].with_transform(image_transform(processor))
@@ -571,9 +571,10 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, RecipeArguments]:
 # What of a run leaves its results as they are; with any other option changed, methods are trained anew.
 WITHOUT_EFFECT = (
     "output_dir", "resume_from_checkpoint", "overwrite", "verbose", "push_to_hub", "report_to", "run_name", "project",
-    "disable_tqdm", "per_device_eval_batch_size", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
-    "remove_unused_columns", "logging_", "log_", "save_", "hub_", "dataloader_", "ddp_", "trackio_", "use_cpu",
+    "disable_tqdm", "per_device_eval_batch_size", "remove_unused_columns", "logging_", "log_", "hub_", "dataloader_",
+    "ddp_", "trackio_", "use_cpu",
 )  # fmt: skip
+WITHOUT_EFFECT_UNLESS_BEST = ("eval_", "save_")  # they decide which model is the best, where that is asked for
 
 
 def settings_of(model_args: ModelArguments, args: RecipeArguments) -> dict[str, Any]:
@@ -582,10 +583,11 @@ def settings_of(model_args: ModelArguments, args: RecipeArguments) -> dict[str, 
     if Path(settings["model_name_or_path"]).is_dir():
         settings["model_name_or_path"] = str(Path(settings["model_name_or_path"]).resolve())
     chosen, usual = args.to_dict(), RecipeArguments(use_cpu=args.use_cpu).to_dict()
+    ignored = WITHOUT_EFFECT if args.load_best_model_at_end else WITHOUT_EFFECT + WITHOUT_EFFECT_UNLESS_BEST
     for name in (option.name for option in fields(args)):
-        if chosen.get(name) != usual.get(name) and not name.startswith(WITHOUT_EFFECT):
+        if chosen.get(name) != usual.get(name) and not name.startswith(ignored):
             settings[name] = chosen[name]
-    return settings
+    return settings | ({"processes": args.world_size} if args.world_size > 1 else {})
 
 
 def say(args: RecipeArguments, text: str) -> None:

@@ -25,32 +25,41 @@ class MethodProgress(TrainerCallback):
     """
 
     def __init__(self, label: str, shown: bool) -> None:
-        self.label, self.shown = label, shown
-        self.bar: Any = None
+        self.label = label
         self.numbers: dict[str, str] = {}
+        self.bars_of_files = logging.is_progress_bar_enabled()
+        # there from the start: fitting the head takes a pass over all images before the first step
+        self.bar = tqdm(desc=f"{label}, starting the head", unit="step", dynamic_ncols=True, disable=not shown)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.label,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not (self.shown and state.is_world_process_zero),
-        )
+        self.bar.set_description(self.label, refresh=False)
+        self.bar.reset(total=state.max_steps)
+        self.bar.update(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
+        self._hide_files(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._hide_files(control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bars_of_files:
+            logging.enable_progress_bar()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         names = {"loss": "loss", "eval_accuracy": "validation accuracy"}
         self.numbers |= {name: f"{float(logs[key]):.3f}" for key, name in names.items() if key in logs}
-        if self.bar is not None:
+        if not self.bar.disable:
             self.bar.set_postfix(self.numbers)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
-        self.bar = None
+
+    def _hide_files(self, control: Any) -> None:
+        """A checkpoint is written next: without a bar for each of its files."""
+        if control.should_save:
+            logging.disable_progress_bar()
 
 
 def show_progress(trainer: Trainer, label: str) -> None:
@@ -59,7 +68,8 @@ def show_progress(trainer: Trainer, label: str) -> None:
         return
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(MethodProgress(label, not trainer.args.disable_tqdm and sys.stderr.isatty()))
+    shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm and sys.stderr.isatty()
+    trainer.add_callback(MethodProgress(label, shown))
 
 
 def be_quiet(verbose: bool) -> None:

@@ -120,23 +120,38 @@ def test_it_says_what_it_does_and_where_it_saved(run, tmp_path):
 def test_a_bar_for_each_method_is_labelled(run, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    labels = []
-    monkeypatch.setattr("progress.tqdm", lambda **settings: labels.append(settings) or _Bar())
+    bars = []
+    monkeypatch.setattr("progress.tqdm", lambda **settings: bars.append(_Bar(settings["desc"])) or bars[-1])
     run()
-    assert [(bar["desc"], bar["total"]) for bar in labels] == [("1 of 2, linear", 2), ("2 of 2, e2vpt", 2)]
+    assert [bar.shown for bar in bars] == [
+        [f"{label}, starting the head", label, 2, 1, 2, "closed"] for label in ("1 of 2, linear", "2 of 2, e2vpt")
+    ]
 
 
 class _Bar:
+    """A bar that notes what it would show."""
+
     n = 0
+    disable = False
+
+    def __init__(self, label):
+        self.shown = [label]
+
+    def set_description(self, label, refresh):
+        self.shown.append(label)
+
+    def reset(self, total):
+        self.shown.append(total)
 
     def update(self, steps):
         self.n += steps
+        self.shown += [self.n] if self.n else []
 
     def set_postfix(self, numbers):
         assert set(numbers) <= {"loss", "validation accuracy"}
 
     def close(self):
-        pass
+        self.shown.append("closed")
 
 
 def test_new_weights_in_the_backbone_are_said(tmp_path, tiny_vit):
