@@ -188,7 +188,7 @@ def test_head_and_prompts_have_their_own_learning_rates(tiny_vit, tmp_path):
         (["--validation_dir", "PICTURES"], "--validation_dir needs --train_dir"),
         (["--method", "linear", "e2vpt", "--push_to_hub"], "need a single --method"),
         (["--method", "adapterfusion"], "invalid choice: 'adapterfusion'"),
-        (["--train_dir", "PICTURES/dark", "--model_name_or_path", "VIT"], "one folder per class"),
+        (["--train_dir", "PICTURES/dark", "--model_name_or_path", "VIT"], "in no class folder, such as 0.png"),
     ],
 )
 def test_wrong_arguments_get_one_clear_sentence(arguments, message, images, tiny_vit, monkeypatch, capsys):
