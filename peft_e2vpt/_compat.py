@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import remove_hook_from_module
 from peft import PeftModel, PeftType
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch._subclasses import FakeTensor
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from transformers.integrations.peft import PeftAdapterMixin
 
 
@@ -34,16 +37,19 @@ else:
 
 __all__ = [
     "METHOD",
-    "BatchNorm",
     "BufferDict",
     "ExcludedModule",
     "Origin",
+    "bring_back",
     "device_and_dtype",
+    "forward_slot",
     "has_packed_layers",
     "has_values",
     "is_batched",
     "is_for_inference",
     "is_quantised",
+    "is_watched",
+    "keeps_statistics",
     "loaded_from",
     "offload_device",
     "packed_weights",
@@ -51,11 +57,13 @@ __all__ = [
     "running_calls",
     "stops_gradients",
     "takes_processor",
+    "unwatched",
     "ways_to_match",
     "with_packed_layers",
 ]
 
 METHOD = "E2VPT"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
 
 
 def takes_processor(pipeline_class: type, kind: str) -> bool | None:
@@ -91,6 +99,43 @@ def peft_type(name: str = METHOD) -> PeftType:
     return member
 
 
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a forward pass in training mode changes buffers of a module: running statistics, or singular vectors."""
+    return (
+        isinstance(module, (NormWithStatistics, _SpectralNorm))
+        or any(name.startswith("running_") for name in module._buffers)
+        or any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+    )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of a module, or of a part of it, does more than its forward."""
+    return (
+        any(getattr(module, kind) for kind in HOOKS)
+        or (module.training and keeps_statistics(module))
+        or any(part is not None and is_watched(part) for part in module._modules.values())
+    )
+
+
+def unwatched(module: nn.Module) -> nn.Module:
+    """A view of a module, with the same parameters, that nobody's hooks watch and that keeps no statistics."""
+    view: nn.Module = module.__new__(type(module))
+    parts = {name: part if part is None else unwatched(part) for name, part in module._modules.items()}
+    unhooked: dict[str, Any] = {kind: OrderedDict() for kind in HOOKS}
+    training = module.training and not keeps_statistics(module)
+    changes = {"_modules": parts, "_compiled_call_impl": None, "training": training}
+    view.__dict__ = {**module.__dict__, **unhooked, **changes}
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):  # computes a weight: weight_norm, spectral_norm, prune
+            hook(view, ())
+    return view
+
+
+def forward_slot(module: nn.Module) -> str:
+    """The attribute of a module with its forward: what a hook of Accelerate's calls, where there is one."""
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
 def offload_device(module: nn.Module) -> torch.device | None:
     """Where Accelerate runs a module whose weights it has offloaded, `None` where it has offloaded none."""
     for part in module.modules():
@@ -98,6 +143,14 @@ def offload_device(module: nn.Module) -> torch.device | None:
         if getattr(hook, "offload", False):
             return torch.device(hook.execution_device)
     return None
+
+
+def bring_back(module: nn.Module) -> None:
+    """Takes the weights of a module and of its parts back from Accelerate's offloading, to where they are used."""
+    device = offload_device(module)
+    if device is not None:
+        remove_hook_from_module(module, recurse=True)
+        module.to(device)
 
 
 def packed_weights(module: nn.Module) -> Iterator[Tensor]:
@@ -227,11 +280,14 @@ DOWNLOAD_ARGUMENTS = (
 
 
 def running_calls() -> Iterator[FrameType]:
-    """The frames of the function calls that are running, the innermost first, without this one."""
-    frame = sys._getframe(1)
+    """The frames of the function calls that are running, the innermost first, without that of the function that asks.
+
+    The locals of a function that keeps its own frame would be a cycle, and with it everything that its callers hold.
+    """
+    frame = sys._getframe(1).f_back
     while frame is not None:
         yield frame
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
 
 
 def _code_of(function: Any) -> Any:
@@ -250,11 +306,13 @@ def loaded_from() -> Origin | None:
     their local variables, which are the arguments of their public methods.
     """
     for frame in running_calls():
-        code, found = frame.f_code, frame.f_locals
+        code = frame.f_code
         if code is _FROM_PRETRAINED or code is _LOAD_ADAPTER:
+            found = frame.f_locals
             settings = {**found.get("hf_hub_download_kwargs", {}), **found.get("kwargs", {})}
             return _origin(found["model_id"], settings, by_transformers=False)
         if code is _LOAD_ADAPTER_OF_TRANSFORMERS:
+            found = frame.f_locals
             if found.get("adapter_state_dict") is not None or found.get("peft_model_id") is None:
                 return None
             settings = getattr(found.get("load_config"), "download_kwargs", None) or {}

@@ -34,6 +34,7 @@ class RowOwner(Protocol):
     """Whoever gives an attention its rows."""
 
     eager_attention: AttentionFunction | None
+    is_attached: bool  # until it has left the attention for good
 
     def rows(self, num_sequences: int, dtype: torch.dtype) -> Rows | None:
         """The rows for a batch of `num_sequences` token sequences; `None` leaves the attention as it is."""

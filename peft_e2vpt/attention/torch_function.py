@@ -9,6 +9,7 @@ values to the result. What the attention itself does with its scores, their shap
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._compat import forward_slot
 from ..backbones.sites import WeakModule
 from .rows import RowOwner, Rows, causal_mask, join_rows, per_sequence
 
@@ -275,34 +277,57 @@ class _Interception(TorchFunctionMode):
         return total
 
 
+class _LastPass(threading.local):
+    """Whose rows the last intercepted forward of a thread has used."""
+
+    owner: int | None = None
+
+
+_last = _LastPass()
+
+
+def has_run_for(owner: RowOwner) -> bool:
+    """Whether the attention call that ends now has come through the forward that joins the owner's rows."""
+    ran, _last.owner = _last.owner == id(owner), None
+    return ran
+
+
 class AdaptedForward:
     """The forward of an attention that does its own arithmetic, with rows.
+
+    Once its owner is detached, it is the forward that it stood before: something that has been put around it
+    meanwhile, a hook of Accelerate's or a function of the user's, may still call it.
 
     Raises:
         RuntimeError: when called; the attention came to no scores, so that its prompts had no effect.
     """
 
-    def __init__(self, attention: nn.Module, owner: RowOwner, name: str, heads: int) -> None:
+    def __init__(self, attention: nn.Module, owner: RowOwner, name: str, heads: int, before: Any) -> None:
         self.attention = WeakModule(attention)
         self.owner, self.name, self.heads = owner, name, heads
-        self.before = attention.__dict__.get("forward")  # of Accelerate's hooks, for instance
+        self.before = before  # a forward that the instance had, not its class
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.owner.is_attached:
+            return self._forward(*args, **kwargs)
         interception = _Interception(self.owner, self.name, self.heads)
         with interception:
-            if self.before is not None:
-                output = self.before(*args, **kwargs)
-            else:
-                attention = self.attention()
-                output = type(attention).forward(attention, *args, **kwargs)
+            output = self._forward(*args, **kwargs)
         if not torch.compiler.is_compiling():
             _follow_no_more(output)
+            _last.owner = id(self.owner)
         if not interception.asked or (interception.rows is not None and not interception.joined):
             raise RuntimeError(
                 f"{self.name} ({type(self.attention()).__name__}) has not used its prompts: it computes its attention "
                 "in a way that E2VPT cannot follow. Leave it out with exclude_modules."
             )
         return output
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        attention = self.attention()
+        return type(attention).forward(attention, *args, **kwargs)
 
 
 class UncompiledForward(AdaptedForward):
@@ -313,16 +338,18 @@ class UncompiledForward(AdaptedForward):
 
 
 def attach(attention: nn.Module, owner: RowOwner, name: str, heads: int, one_graph: bool) -> None:
-    """Lets `owner` give rows to every later call of `attention`."""
-    forward = AdaptedForward if one_graph else UncompiledForward
-    attention.forward = forward(attention, owner, name, heads)
+    """Lets `owner` give rows to every later call of `attention`, whose Accelerate hook, if any, stays outermost."""
+    kind = AdaptedForward if one_graph else UncompiledForward
+    slot = forward_slot(attention)
+    attention.__dict__[slot] = kind(attention, owner, name, heads, attention.__dict__.get(slot))
 
 
 def detach(attention: nn.Module) -> None:
-    """Gives `attention` the forward back that it had before `attach`."""
-    forward = attention.__dict__.get("forward")
+    """Gives `attention` the forward back that it had before `attach`, if nobody has put something around it."""
+    slot = forward_slot(attention)
+    forward = attention.__dict__.get(slot)
     if isinstance(forward, AdaptedForward):
-        if forward.before is None:
-            del attention.forward
+        if forward.before is None and slot == "forward":
+            del attention.__dict__[slot]
         else:
-            attention.forward = forward.before
+            attention.__dict__[slot] = forward.before or type(attention).forward.__get__(attention)

@@ -8,8 +8,7 @@ import inspect
 import math
 import re
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .._compat import BatchNorm, has_packed_layers, is_for_inference
+from .._compat import has_packed_layers, is_for_inference, is_watched, unwatched
 from .table import BACKBONES, Backbone
 
 
@@ -38,32 +37,34 @@ def _widths(projection: nn.Module | Tensor) -> tuple[int, int]:
     raise ValueError(f"{type(projection).__name__} holds no linear layer, so it cannot project visual prompts.")
 
 
-@contextmanager
-def _fixed_statistics(projection: nn.Module) -> Iterator[None]:
-    """Keeps prompts out of the running statistics of a batch norm inside the projection."""
-    norms = [module for module in projection.modules() if isinstance(module, BatchNorm) and module.training]
-    for norm in norms:
-        norm.training = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.training = True
+def _has_shards(module: nn.Module) -> bool:
+    """Whether parameters lie in parts (FSDP2, DeepSpeed's ZeRO-3), which hooks of the module put together."""
+    return any(hasattr(weight, "ds_id") or hasattr(weight, "device_mesh") for weight in module.parameters())
+
+
+def _on_prompts(module: nn.Module, prompts: Tensor) -> Tensor:
+    """Applies a norm or projection to prompts.
+
+    Hooks that somebody has put there, to look at features or gradients or to measure ranges of values, see the tokens
+    of images alone, and running statistics are those of images. Where parameters are in parts, hooks put them
+    together, so all hooks see prompts too.
+    """
+    if is_watched(module):
+        if _has_shards(module):
+            return module(prompts)  # type: ignore[no-any-return]
+        module = unwatched(module)
+    return module.forward(prompts)  # type: ignore[no-any-return]
 
 
 def _project(projection: nn.Module | Tensor, hidden: Tensor) -> Tensor:
     """Applies a projection, linear, a 1x1 convolution or a bare weight, to tokens (B, M, D)."""
     if isinstance(projection, Tensor):
         return F.linear(hidden, projection)
-    if type(projection) is nn.Linear:  # most are, and nothing has to be looked for inside
-        return projection(hidden)  # type: ignore[no-any-return]
-    if is_for_inference(projection):
+    if type(projection) is not nn.Linear and is_for_inference(projection):
         hidden = hidden.detach()
-    with _fixed_statistics(projection):
-        if any(isinstance(module, nn.Conv2d) for module in projection.modules()):
-            projected: Tensor = projection(hidden.transpose(1, 2)[..., None])
-            return projected[..., 0].transpose(1, 2)
-        return projection(hidden)  # type: ignore[no-any-return]
+    if type(projection) is not nn.Linear and any(isinstance(module, nn.Conv2d) for module in projection.modules()):
+        return _on_prompts(projection, hidden.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
+    return _on_prompts(projection, hidden)
 
 
 class WeakModule:
@@ -207,7 +208,7 @@ class AttentionSite:
         hidden = prompts.to(dtype)
         for norm in self.norms:
             weight = getattr(norm, "weight", None)
-            hidden = norm(prompts.to(weight.dtype if weight is not None else dtype))
+            hidden = _on_prompts(norm, prompts.to(weight.dtype if weight is not None else dtype))
         if not self._has_common_projection:
             key = _project(getattr(attention, backbone.key), hidden)
             value = _project(getattr(attention, backbone.value), hidden)
@@ -229,7 +230,7 @@ class AttentionSite:
         projection = getattr(self.attention, self.backbone.key)
         if type(projection) is nn.Linear or isinstance(projection, Tensor):
             return key.requires_grad
-        return key.requires_grad and not has_packed_layers(projection)  # those seem to have one
+        return bool(key.requires_grad and not has_packed_layers(projection))  # those seem to have one
 
     def _rows(self, projected: Tensor, norm: str | None) -> Tensor:
         """Cuts projected prompts (B, M, H d) into heads (B, M, H, d) and applies the norm, before or after the cut."""
@@ -237,9 +238,10 @@ class AttentionSite:
         module = None if norm is None else getattr(self.attention, norm)
         weight = getattr(module, "weight", None)
         if module is not None and weight is not None and weight.numel() == math.prod(projected.shape[2:]):
-            return module(projected).unflatten(-1, (heads, -1))  # type: ignore[no-any-return]
+            normed = _on_prompts(module, projected)
+            return normed.unflatten(-1, (heads, -1))  # type: ignore[no-any-return]
         rows = projected if projected.dim() == 4 else projected.unflatten(-1, (heads, -1))
-        return rows if module is None else module(rows)
+        return rows if module is None else _on_prompts(module, rows)
 
     def normalise(self, keys: Tensor) -> Tensor:
         """Gives keys (B, H, P, d) the length that the scores of the attention expect: 1 for a cosine."""

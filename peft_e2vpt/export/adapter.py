@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..tuner.head_wrapper import HeadWrapper
-from ..tuner.heads import classes_shown, wrappers
+from ..tuner.heads import HeadWrapper, classes_shown, wrappers
 from ..tuner.prompt_layers import prompt_layers
 from ..tuner.prompts import as_scored, rows_of_constants
 from .layout import FORMAT, GraphLayout, base_of, class_names, layout_of, tensors_of

@@ -87,11 +87,13 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
         if site.backbone.windows:
             self._handles.append(site.block.register_forward_pre_hook(self._count_samples))
         self._has_given_rows = False  # ever: what proves that the attention asks for them
+        self.is_attached = True
         if self.eager_attention is not None:
             interface.attach(site.attention, self)
             self._handles.append(site.attention.register_forward_hook(self._check_that_rows_were_asked_for))
         else:
             torch_function.attach(site.attention, self, site.name, site.num_key_value_heads, site.backbone.one_graph)
+            self._handles.append(site.attention.register_forward_hook(self._check_that_forward_is_adapted))
         self.train(site.attention.training)
 
     @property
@@ -110,6 +112,7 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
             interface.detach(self.site.attention)
         else:
             torch_function.detach(self.site.attention)
+        self.is_attached = False
         for handle in self._handles:
             handle.remove()
 
@@ -119,6 +122,15 @@ class E2VPTLayer(Prompts, BaseTunerLayer):
             raise RuntimeError(
                 f"{self.site.name} ({type(attention).__name__}) has not used its prompts: it has computed "
                 "its attention without asking transformers' attention interface. Leave it out with exclude_modules."
+            )
+
+    def _check_that_forward_is_adapted(self, attention: nn.Module, args: Any, output: Any) -> None:
+        """Makes sure that nobody has set the attention's own forward back, such as a hook that was removed."""
+        if not (torch.compiler.is_compiling() or torch_function.has_run_for(self) or self.disable_adapters):
+            raise RuntimeError(
+                f"{self.site.name} ({type(attention).__name__}) has not used its prompts: its forward was replaced "
+                "after the model was adapted. Put the adapted one back, or save the adapter and load it into the "
+                "changed model."
             )
 
     def _count_samples(self, block: nn.Module, args: tuple[Any, ...]) -> None:

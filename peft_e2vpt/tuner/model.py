@@ -93,6 +93,7 @@ class E2VPTModel(TunerOnDisk):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         active = adapter_name in self.active_adapters
         wrap(model, self._heads, adapter_name, active, config.inference_mode)
+        self._container.prepare_backbone()
         config.modules_to_save = self._heads
         if active and len(self.peft_config) > 1:  # those that another PeftModel has left in the model
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -3,18 +3,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
-from .._compat import device_and_dtype
+from .._compat import bring_back, device_and_dtype
 from ..attention.rows import as_added
 from ..backbones.sites import AttentionSite, WeakModule, towers_that_add_masks
-from .heads import ClassesOfAdapters, unwrap, wrappers
+from .frozen import (
+    FirstPass,
+    freeze_statistics,
+    give_back_input_hooks,
+    lost_gradients,
+    modules_before,
+    requiring_gradient,
+    take_over_input_hooks,
+    thaw_statistics,
+)
+from .heads import ClassesOfAdapters, OwnerOfHooks, unwrap, wrappers
 from .layer import E2VPTLayer
 from .shallow import ShallowInsertion
 
@@ -23,42 +33,12 @@ CONTAINER = "e2vpt"
 TAGS = ("peft", "e2vpt", "visual-prompt-tuning")  # of an adapted model
 
 
-def _before(blocks: Iterable[nn.Module], model: nn.Module) -> list[nn.Module]:
-    """Lists what has weights and comes before the blocks in the order of the model, such as its embeddings."""
-    inner = set(blocks)
-    before = []
-    for module in model.modules():
-        if module in inner or inner.isdisjoint(module.modules()):
-            continue
-        for child in module.children():
-            if not inner.isdisjoint(child.modules()):
-                break
-            if any(True for _ in child.parameters()):
-                before.append(child)
-    return [module for module in before if not _lies_in_one_of(module, inner)]
-
-
-def _lies_in_one_of(module: nn.Module, blocks: set[nn.Module]) -> bool:
-    return any(module in block.modules() for block in blocks)
-
-
-def _requiring_gradient(value: Any) -> Any:
-    """The output of a module with every tensor in it asking for a gradient."""
-    if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
-        return value.requires_grad_()
-    if isinstance(value, tuple):
-        return tuple(_requiring_gradient(part) for part in value)
-    if isinstance(value, ModelOutput):
-        return type(value)(**{name: _requiring_gradient(part) for name, part in value.items()})
-    return value
-
-
 def _refresh_constants_after_load(container: PromptLayers, incompatible_keys: Any) -> None:
     for layer in prompt_layers(container):  # now that all have their prompts: layers may share them
         layer.refresh_merged_rows()
 
 
-class PromptLayers(nn.ModuleDict):
+class PromptLayers(OwnerOfHooks, nn.ModuleDict):
     """The child `e2vpt` of an adapted model: an `E2VPTLayer` per self-attention, by the number of the attention.
 
     Args:
@@ -77,7 +57,7 @@ class PromptLayers(nn.ModuleDict):
         self.insertions: dict[str, ShallowInsertion] = {}
         self.classes = ClassesOfAdapters()
         self.register_load_state_dict_post_hook(_refresh_constants_after_load)  # type: ignore[no-untyped-call]
-        before = _before([site.block for site in sites], model)
+        before = modules_before([site.block for site in sites], model)
         self._handles = [module.register_forward_hook(self._require_gradient) for module in before]
         self._handles += [
             tower.register_forward_pre_hook(self._add_mask_as_scores, with_kwargs=True)
@@ -85,10 +65,17 @@ class PromptLayers(nn.ModuleDict):
         ]
         checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._checkpointing = [WeakModule(module) for module in checkpointing]
+        self._handles.append(model.register_forward_pre_hook(self._begin_pass))
+        self._handles.append(model.register_forward_hook(self._end_pass))
+        self._first_pass: FirstPass | None = None
+        self._has_trained = False
+        self._checked: Any = None  # the checkpoint function with which gradients have been looked at
+        self._model = WeakModule(model)
+        take_over_input_hooks(model)
 
     def layers(self) -> list[E2VPTLayer]:
-        """All prompt layers, in the order in which they were made."""
-        return [layer for layer in self.values() if isinstance(layer, E2VPTLayer)]
+        """All prompt layers, in the order in which they were made; another thread may be making one."""
+        return [layer for layer in tuple(self.values()) if isinstance(layer, E2VPTLayer)]
 
     def layer_of(self, index: int, site: AttentionSite) -> E2VPTLayer:
         """The prompt layer of a self-attention, made on first demand."""
@@ -98,14 +85,69 @@ class PromptLayers(nn.ModuleDict):
         assert isinstance(layer, E2VPTLayer)
         return layer
 
+    def train(self, mode: bool = True) -> PromptLayers:
+        """Sets the mode, after the rest of the model: what has come into it meanwhile is frozen too."""
+        if mode:
+            self.prepare_backbone()
+        super().train(mode)
+        return self
+
+    def prepare_backbone(self) -> None:
+        """Freezes the statistics of the base model, and lets its embeddings require gradients in any order."""
+        freeze_statistics(self._model())
+        take_over_input_hooks(self._model())
+
+    def _begin_pass(self, model: nn.Module, args: Any) -> None:
+        """Takes prompts back that Accelerate has offloaded with the base model, where nothing would load them."""
+        if torch.compiler.is_compiling():
+            return
+        if any(layer.is_offloaded for layer in self.layers()):
+            bring_back(self)
+        if self.training and not self._has_trained:
+            self._has_trained, self._first_pass = True, FirstPass(model, self)
+
+    def _end_pass(self, model: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._first_pass is not None:
+            first, self._first_pass = self._first_pass, None
+            first.set_back()
+        if self.training and self._is_trained_with_checkpoints():
+            self._check_that_gradients_arrive(model, output)
+
+    def _checkpoint_function(self) -> Any:
+        """What runs the blocks of the model while it saves activations; `None` where it does not."""
+        for reference in self._checkpointing:
+            module = reference()
+            if module.gradient_checkpointing:
+                return getattr(module, "_gradient_checkpointing_func", True)
+        return None
+
+    def _is_trained_with_checkpoints(self) -> bool:
+        if not torch.is_grad_enabled() or self._checkpoint_function() is None:
+            return False
+        return any(not layer.disable_adapters for layer in self.layers())
+
     def _require_gradient(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Lets a gradient into the first block: reentrant checkpoints give none to what is inside without it."""
-        if not module.training or not torch.is_grad_enabled():
-            return None
-        checkpointing = any(module().gradient_checkpointing for module in self._checkpointing)
-        if checkpointing and any(not layer.disable_adapters for layer in prompt_layers(self)):
-            return _requiring_gradient(output)
+        if (module.training or self.training) and self._is_trained_with_checkpoints():
+            return requiring_gradient(output)
         return None
+
+    def _check_that_gradients_arrive(self, model: nn.Module, output: Any) -> None:
+        """Warns once where reentrant checkpoints of the model pass no gradient on."""
+        function = self._checkpoint_function()
+        if function is self._checked:
+            return
+        self._checked = function
+        lost = lost_gradients(output, self.layers())
+        if lost is not None:
+            warnings.warn(
+                f"Reentrant activation checkpoints of {type(model).__name__} lose the gradients {lost}, so that "
+                "prompts do not learn as they should. Set use_reentrant=False: gradient_checkpointing_kwargs={"
+                '"use_reentrant": False}.',
+                stacklevel=2,
+            )
 
     def _add_mask_as_scores(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Lets a mask shift no score that it shows: a boolean one added to a position bias is 1 there, and 0 for rows.
@@ -131,6 +173,8 @@ class PromptLayers(nn.ModuleDict):
             insertion.detach()
         for handle in self._handles:
             handle.remove()
+        thaw_statistics(self._model())
+        give_back_input_hooks(self._model())
 
 
 def adapted_model(model: nn.Module) -> nn.Module:
@@ -223,8 +267,6 @@ def restore_base_model(model: Any) -> None:
         return
     container.detach()
     container.classes.show(model, None)
-    if getattr(model, "_require_grads_hooks", None):
-        model.disable_input_require_grads()
     delattr(model, CONTAINER)
     _untag(model)
     for _, wrapper in list(wrappers(model)):

@@ -81,6 +81,14 @@ class Prompts(nn.Module):
         self.e2vpt_config: dict[str, E2VPTConfig] = {}
         self.gate_override: GateOverride | None = None
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether Accelerate has taken prompts off with the base model; another thread may be adding an adapter."""
+        prompts = (self.e2vpt_visual_prompts, self.e2vpt_kv_prompts)
+        return any(
+            value.is_meta for held in prompts for value in tuple(held._parameters.values()) if value is not None
+        )
+
     # ------------------------------------------------------------------------------------------------------- creating
     def create(
         self, adapter_name: str, config: E2VPTConfig, has_visual_prompts: bool, kv_source: Prompts | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from inspect import signature
@@ -29,9 +30,11 @@ from transformers import AutoModelForImageClassification, Trainer, ViTConfig, Vi
 
 import peft_e2vpt
 from peft_e2vpt import PruneRewindCallback, requirements, score_prompts, search_pruning, trained_tensors
+from peft_e2vpt.backbones.sites import find_attention_sites
 from peft_e2vpt.images import check_images, find_images, load_splits
 from peft_e2vpt.pruning.callback import TARGET_FILE
-from tests.support.adapted import config_of
+from tests.support import zoo_checks as checks
+from tests.support.adapted import checkpoint_activations, config_of
 from tests.support.models import VIT
 from tests.support.paths import ROOT
 from tests.support.training import HALF, Images, adapted, trainer_for
@@ -433,6 +436,46 @@ def fsdp1() -> None:
 @under("The model was quantised after it was adapted")
 def quantised_before_training() -> None:
     quantised(adapted()).train()(**batch())
+
+
+def as_errors(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+    """Runs a model that warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Reentrant activation checkpoints|.* changes its buffer")
+        model(**inputs)
+
+
+@under("Activation checkpoints lose gradients")
+def lost_gradients() -> None:
+    model, inputs = checks.adapt("llama4_vision")
+    checkpoint_activations(model.train(), {"use_reentrant": True})
+    as_errors(model, inputs)
+
+
+@under("A module of the backbone changes its buffers")
+def changing_buffer() -> None:
+    class Average(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("average", torch.zeros(1))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            self.average += tokens.mean()
+            return tokens
+
+    model = adapted()
+    model.get_base_model().vit.layernorm = Average()
+    as_errors(model.train(), batch())
+
+
+@under("The forward of an attention was replaced")
+def replaced_forward() -> None:
+    model, inputs = checks.build("hiera")
+    attention = find_attention_sites(model)[0].attention
+    forward = attention.forward
+    model = get_peft_model(model, checks.config())
+    attention.forward = forward
+    model(**inputs)
 
 
 @under("Several GPUs are used by one process")

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+import transformers
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.utils import parametrizations
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import AttentionInterface, ImageClassificationPipeline, Pipeline, PreTrainedModel, Trainer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -24,18 +26,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import peft_e2vpt
 from peft_e2vpt import E2VPTLayer, E2VPTModel
 from peft_e2vpt._compat import (
-    BatchNorm,
     BufferDict,
     ExcludedModule,
+    bring_back,
     device_and_dtype,
+    forward_slot,
     has_packed_layers,
     has_values,
     is_batched,
     is_quantised,
+    is_watched,
+    keeps_statistics,
     offload_device,
     packed_weights,
     stops_gradients,
     takes_processor,
+    unwatched,
     with_packed_layers,
 )
 from peft_e2vpt.tuner.prompts import Prompts
@@ -73,9 +79,67 @@ def test_an_excluded_module_counts_as_no_target() -> None:
     assert not ExcludedModule()
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm])
-def test_batch_norms_have_one_base_class(norm: type[nn.Module]) -> None:
-    assert issubclass(norm, BatchNorm) and not issubclass(nn.LayerNorm, BatchNorm)
+def with_running_mean() -> nn.Module:
+    module = nn.Module()
+    module.register_buffer("running_mean", torch.zeros(1))
+    return module
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.BatchNorm1d(2),
+        nn.SyncBatchNorm(2),
+        nn.InstanceNorm2d(2, track_running_stats=True),
+        nn.utils.spectral_norm(nn.Linear(2, 2)),
+        parametrizations.spectral_norm(nn.Linear(2, 2)).parametrizations.weight[0],
+        with_running_mean(),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_modules_with_statistics_are_known(module: nn.Module) -> None:
+    assert keeps_statistics(module) and not keeps_statistics(nn.LayerNorm(2))
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_a_view_of_a_module_has_its_weights_and_none_of_its_hooks(register: str) -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    assert not is_watched(module.eval())
+    calls: list[nn.Module] = []
+    for part in (module, module[0]):
+        getattr(part, register)(lambda module, *args: calls.append(module))
+    assert is_watched(module)
+    tokens = torch.randn(3, 2, requires_grad=True)
+    view = unwatched(module)
+    output = view(tokens)
+    output.sum().backward()
+    assert not calls and module[0].weight.grad is not None
+    assert torch.equal(output, module(tokens)) and list(view.parameters())[0] is module[0].weight
+
+
+def test_accelerate_calls_the_former_forward_of_a_module_with_a_hook() -> None:
+    module = nn.Linear(2, 2)
+    assert forward_slot(module) == "forward"
+    add_hook_to_module(module, ModelHook())
+    assert forward_slot(module) == "_old_forward" and hasattr(module, "_old_forward")
+    remove_hook_from_module(module)
+    assert forward_slot(module) == "forward"
+
+
+def test_offloaded_weights_are_taken_back() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    weights = {name: value.clone() for name, value in module[0].state_dict().items()}
+    add_hook_to_module(module[0], AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights))
+    bring_back(module)
+    assert torch.equal(module[0].weight, weights["weight"]) and offload_device(module) is None
 
 
 def test_an_offloaded_module_tells_where_it_runs() -> None:
@@ -209,8 +273,10 @@ ATTRIBUTES: dict[str, Any] = {  # where each private attribute that is read or s
     "_attn_implementation": lambda: build("vit")[0].config,
     "_cast_adapter_dtype": lambda: BaseTuner,
     "_created_lr_scheduler": lambda: inspect.getsource(Trainer.__init__),
+    "_forward_hooks": nn.Module,
     "_forward_pre_hooks": nn.Module,
     "_get_adapter_state_dict": lambda: BaseTuner,
+    "_gradient_checkpointing_func": lambda: inspect.getsource(transformers.modeling_utils),
     "_hf_hook": lambda: add_hook_to_module(nn.Linear(1, 1), AlignDevicesHook()),
     "_init_weights": lambda: PreTrainedModel,
     "_is_hf_initialized": _loaded_parameter,
@@ -221,6 +287,7 @@ ATTRIBUTES: dict[str, Any] = {  # where each private attribute that is read or s
     "_prepare_inputs": lambda: Trainer,
     "_remap_adapter_state_dict_for_load": lambda: BaseTuner,
     "_remove_adapter_name_from_key": lambda: BaseTuner,
+    "_require_grads_hook": lambda: inspect.getsource(PreTrainedModel.enable_input_require_grads),
     "_require_grads_hooks": lambda: inspect.getsource(PreTrainedModel.enable_input_require_grads),
     "_reset": lambda: ReduceLROnPlateau(_optimizer()),
     "_train_batch_size": lambda: inspect.getsource(Trainer.__init__),

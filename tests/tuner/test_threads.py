@@ -14,7 +14,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from peft_e2vpt._compat import BufferDict
+from peft_e2vpt.tuner.layer import E2VPTLayer
 from peft_e2vpt.tuner.mixed_batch import active_adapters_kept, current_choice, one_adapter_per_sample
+from peft_e2vpt.tuner.prompt_layers import PromptLayers
 from tests.support import zoo_checks as checks
 from tests.support.adapted import SHALLOW, adapt, config_of, layers_of, predict, prune
 from tests.support.models import output_of
@@ -205,6 +208,30 @@ def test_a_pass_keeps_the_adapter_that_it_began_with(change, name, is_merged):
     if (change, is_merged) in (("the adapter is merged", True), ("another adapter is deleted", True)):
         model.unmerge_adapter()  # PEFT refuses both of a merged one
     assert torch.equal(*while_it_runs(model, inputs, lambda: CHANGES[change](model)), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_walks_through_nothing_that_another_thread_may_be_adding_to(kind, monkeypatch):
+    model, inputs = KINDS[kind]()
+    ours = (PromptLayers, E2VPTLayer, BufferDict, nn.ParameterDict)
+    walked: list[str] = []
+
+    def note_walks(walk: str) -> None:
+        walks = getattr(nn.Module, walk)
+
+        def noted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(module, ours):
+                walked.append(walk)
+            return walks(module, *args, **kwargs)
+
+        monkeypatch.setattr(nn.Module, walk, noted)
+
+    for walk in ("named_parameters", "named_buffers", "named_modules", "named_children"):
+        note_walks(walk)
+    predict(model, inputs)
+    assert not walked
+    list(model.parameters())
+    assert walked
 
 
 def test_layers_that_differ_in_what_is_active_go_by_their_own():

@@ -225,13 +225,7 @@ def test_trainer_with_checkpointed_activations_gives_the_gradients_of_a_run_with
 @pytest.mark.filterwarnings(WITHOUT_GRADIENT)
 @pytest.mark.parametrize(
     ("name", "order"),
-    [
-        (name, order)
-        for name in NAMES
-        for order in ("before wrapping", "after wrapping", "on the base model")
-        # PEFT would call transformers' enable_input_require_grads, which Swin's patch embedding breaks
-        if (name, order) != ("swin", "before wrapping")
-    ],
+    [(name, order) for name in NAMES for order in ("before wrapping", "after wrapping", "on the base model")],
 )
 def test_reentrant_checkpoints_give_every_family_its_gradients_whenever_they_are_enabled(name, order):
     plain, inputs = adapt(name)
