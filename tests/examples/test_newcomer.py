@@ -27,12 +27,17 @@ pytestmark = pytest.mark.processes
 BACKBONE = "tester/vit"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "own_images.md", ROOT / "examples" / "README.md")
 USE = """
-import json, sys
+import json, re, sys
+from huggingface_hub import hf_hub_download
 import peft_e2vpt
 local = peft_e2vpt.pipeline("image-classification", "runs/finetune/e2vpt-pruned")
 uploaded = peft_e2vpt.pipeline("image-classification", "tester/finetune-e2vpt-pruned")
 files = sys.argv[1:]
-print(json.dumps([[pipe(file) for file in files] for pipe in (local, uploaded)]))
+card = open(hf_hub_download("tester/finetune-e2vpt-pruned", "README.md")).read()
+names = {}
+for block in re.findall("```python\\n(.*?)```", card, re.DOTALL):
+    exec(block, names)
+print(json.dumps([[pipe(file) for file in files] for pipe in (local, uploaded, names["classifier"])]))
 model = peft_e2vpt.load("runs/finetune/e2vpt-pruned")
 print(json.dumps(sorted(model.get_base_model().config.id2label.values())))
 """
@@ -144,9 +149,9 @@ def test_figures_are_drawn(hour):
     assert all(name in text for name in drawn)
 
 
-def test_the_pipeline_answers_the_same_from_the_folder_and_from_the_hub(hour):
+def test_the_pipeline_answers_the_same_from_the_folder_from_the_hub_and_as_the_card_is_written(hour):
     answers, labels = (json.loads(line) for line in hour[0]["use"].splitlines() if line.startswith("["))
-    assert answers[0] == answers[1] and labels == sorted(LEVELS)
+    assert answers[0] == answers[1] == answers[2] and labels == sorted(LEVELS)
     assert [answer[0]["label"] for answer in answers[0]] == ["dark", "bright"]
 
 
