@@ -54,6 +54,17 @@ def test_adapters_loaded_one_after_the_other_answer_as_they_were_saved(tmp_path,
     assert torch.equal(predict(model, {"pixel_values": pixels}), answers[first])
 
 
+def test_an_adapter_may_be_called_like_a_part_of_the_path_of_a_tensor(tmp_path):
+    named = dict(zip(["0", "1", "classifier", "e2vpt", "base_model"], DIFFERENT.values(), strict=True))
+    model, pixels = with_adapters("vit", named)
+    model.save_pretrained(tmp_path)
+    for adapter_name in named:
+        model.set_adapter(adapter_name)
+        again = PeftModel.from_pretrained(build("vit")[0], tmp_path / adapter_name, adapter_name).eval()
+        given = {"pixel_values": pixels}
+        assert torch.equal(predict(again, given), predict(model, given))
+
+
 @pytest.mark.compile
 def test_switching_between_adapters_compiles_once_for_each(tmp_path, fresh_compiler):
     pixels, answers = saved("vit", tmp_path)
