@@ -25,7 +25,10 @@ from tests.support.command_line import fail
         (["card", "somebody/away", "--write"], "is no folder to write a card into"),
         (["convert", "none.pth", "--base", "base", "--output", "new"], "No such file or directory: 'none.pth'"),
         (["prune", "adapter", "--data", "base", "--output", "new"], "The dataset base has no Image column"),
-        (["prune", "adapter", "--data", "empty", "--output", "new"], "The images empty cannot be loaded"),
+        (
+            ["prune", "adapter", "--data", "empty", "--output", "new"],
+            "empty holds no images: put them into a folder per",
+        ),
         (["prune", "adapter", "--data", "images", "--output", "adapter"], "There is an adapter in adapter already"),
         (["prune", "adapter", "--data", "images", "--output", "new", "--tokens", "9"], "Cannot prune 9 of 4 prompts"),
         (["prune", "adapter", "--data", "images", "--output", "new", "--tokens", "x"], "is neither a ratio"),

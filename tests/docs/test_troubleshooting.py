@@ -31,6 +31,7 @@ from transformers import AutoModelForImageClassification, Trainer, ViTConfig, Vi
 import peft_e2vpt
 from peft_e2vpt import PruneRewindCallback, requirements, score_prompts, search_pruning, trained_tensors
 from peft_e2vpt.backbones.sites import find_attention_sites
+from peft_e2vpt.images import check_images, find_images, load_splits
 from peft_e2vpt.pruning.callback import TARGET_FILE
 from tests.support import zoo_checks as checks
 from tests.support.adapted import checkpoint_activations, config_of
@@ -275,6 +276,141 @@ def no_set_to_evaluate() -> None:
 @under("There is no accuracy to choose the best model by", of="transformers")
 def no_metric() -> None:
     train(metric_for_best_model="accuracy", eval_strategy="steps", eval_steps=1, save_strategy="best")
+
+
+# ---------------------------------------------------------------------------------------------------------- own images
+def files(*names: str, content: bytes | None = None) -> None:
+    """Writes small images, or other files, into `images`."""
+    pil = pytest.importorskip("PIL.Image")
+    for name in names:
+        path = Path("images") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            pil.new("RGB", (8, 8)).save(path)
+        else:
+            path.write_bytes(content)
+
+
+def finetune(*options: str) -> None:
+    """What `examples/finetune.py` does before it trains, on `images`."""
+    import finetune
+
+    parser = transformers.HfArgumentParser((finetune.ModelArguments, finetune.DataArguments, finetune.RecipeArguments))
+    finetune.prepare_run(*parser.parse_args_into_dataclasses(["--train_dir", "images", "--use_cpu", *options]))
+
+
+def saved_vit() -> str:
+    """A backbone for images of 32 pixels."""
+    vit().save_pretrained("vit")
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    Path("vit/preprocessor_config.json").write_text(json.dumps(settings))
+    return "vit"
+
+
+TWO_CLASSES = tuple(f"{name}/{number}.png" for name in ("cat", "dog") for number in range(3))
+
+
+@under("The folder of images is empty")
+def no_images() -> None:
+    Path("images").mkdir()
+    find_images("images")
+
+
+@under("There are archives or other files in place of images")
+def no_images_but_files() -> None:
+    files("cats.zip", "notes.txt", content=b"...")
+    find_images("images")
+
+
+@under("Images lie in no class folder")
+def loose_images() -> None:
+    files(*TWO_CLASSES, "new.jpg")
+    find_images("images")
+
+
+@under("Images lie too deep")
+def nested_images() -> None:
+    files("cat/kittens/1.png", "dog/1.png")
+    find_images("images")
+
+
+@under("The folder above the images was given")
+def one_folder_too_high() -> None:
+    files("photos/cat/1.png", "photos/dog/1.png")
+    find_images("images")
+
+
+@under("There is one class alone")
+def one_class() -> None:
+    files("cat/1.png", "cat/2.png")
+    find_images("images")
+
+
+@under("A class has one image")
+def one_image() -> None:
+    pytest.importorskip("datasets")
+    files(*TWO_CLASSES, "bird/1.png")
+    load_splits("images")
+
+
+@under("A class is named otherwise in another split")
+def misspelt_class() -> None:
+    files(*(f"train/{name}" for name in TWO_CLASSES), "val/Cat/1.png", "val/dog/1.png")
+    find_images("images")
+
+
+@under("There are splits, but none to train on")
+def no_training_split() -> None:
+    files("val/cat/1.png", "test/cat/1.png")
+    find_images("images")
+
+
+@under("A split lies beside classes")
+def split_beside_classes() -> None:
+    files(*TWO_CLASSES, "train/cat/1.png", "train/dog/1.png")
+    find_images("images")
+
+
+@under("Images cannot be read")
+def bad_images() -> None:
+    pytest.importorskip("datasets")
+    files(*TWO_CLASSES)
+    files("cat/1.png", content=b"")
+    files("dog/0.png", content=b"<!doctype html>")
+    check_images(load_splits("images").splits)
+
+
+@under("The backbone takes no images of this size")
+def wrong_image_size() -> None:
+    pytest.importorskip("datasets")
+    files(*TWO_CLASSES)
+    finetune("--model_name_or_path", saved_vit(), "--image_size", "64")
+
+
+@under("A method does not work on the backbone")
+def method_that_does_not_work() -> None:
+    pytest.importorskip("datasets")
+    files(*TWO_CLASSES)
+    finetune("--model_name_or_path", saved_vit(), "--method", "linear", "e2vpt", "--layers_to_transform", "7")
+
+
+@under("An upload needs somebody who is logged in")
+def nobody_to_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: None)
+    files(*TWO_CLASSES)
+    finetune("--model_name_or_path", saved_vit(), "--method", "e2vpt", "--push_to_hub")
+
+
+@under("The figures are to be drawn of other images")
+def figures_of_other_images() -> None:
+    pytest.importorskip("datasets")
+    import figures
+    from finetune_options import DataArguments
+
+    files(*TWO_CLASSES)
+    run = {"fingerprint": "0123456789abcdef", "images": {"train": 820, "validation": 164}}
+    run["data"] = {"train_dir": "/home/me/cells", "seed": 42}
+    figures.load_images(figures.FigureArguments(), DataArguments(train_dir="images"), run)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
