@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from matplotlib.figure import Figure
     from peft import PeftModel
+    from transformers import BaseImageProcessor
 
 
 @dataclass
@@ -56,23 +58,27 @@ class FigureArguments:
     maps_size: int | None = field(
         default=None, metadata={"help": "Side of the images of attention maps in pixels. Default: as in the run."}
     )
+    dark: bool = field(default=False, metadata={"help": "Also draw every figure for dark pages: NAME-dark.png."})
     seed: int = field(default=0, metadata={"help": "Of the run, and of the choice of images."})
 
 
-def load_images(args: FigureArguments, data_args: DataArguments) -> Dataset:
-    """Chooses images of the split that `finetune.py` reports."""
+def load_tested(args: FigureArguments, data_args: DataArguments) -> Dataset:
+    """Loads the split that `finetune.py` reports, in an order of its own."""
     splits = load_splits(data_args, args.seed)
-    images = splits[reported_split(splits)].shuffle(seed=args.seed)
-    return images.select(range(min(args.num_images, len(images))))
+    return splits[reported_split(splits)].shuffle(seed=args.seed)
 
 
-def load_images_of_maps(args: FigureArguments, images: Dataset, folder: Path) -> dict[str, torch.Tensor]:
+def load_images_of_maps(
+    args: FigureArguments, images: Dataset, processor: BaseImageProcessor
+) -> dict[str, torch.Tensor]:
     """Loads the images to draw attention maps of, from files or among those of the dataset, as a batch."""
     from PIL import Image
 
-    shown = [Image.open(path) for path in args.maps_of] if args.maps_of else images[: args.num_maps]["image"]
-    transform = image_transform(load_processor(str(folder), args.maps_size))
-    return {"pixel_values": transform({"image": shown, "label": []})["pixel_values"]}
+    if args.maps_of:
+        shown = {"image": [Image.open(path) for path in args.maps_of], "label": []}
+        return {"pixel_values": image_transform(processor)(shown)["pixel_values"]}
+    few = images.select(range(min(args.num_maps, len(images))))
+    return collate(list(few.with_transform(image_transform(processor))))
 
 
 def draw_run(folder: Path) -> Iterator[tuple[str, Figure]]:
@@ -91,14 +97,14 @@ def draw_run(folder: Path) -> Iterator[tuple[str, Figure]]:
 
 
 def draw_attention(
-    model: PeftModel, batch: dict[str, torch.Tensor], of_maps: dict[str, torch.Tensor]
+    model: PeftModel, batch: dict[str, torch.Tensor], of_maps: dict[str, torch.Tensor], processor: BaseImageProcessor
 ) -> Iterator[tuple[str, Figure]]:
     """Draws how much attention prompts get, and where in images the rest goes."""
     from peft_e2vpt.attention_maps import prompt_attention
     from peft_e2vpt.plotting import plot_attention_maps, plot_prompt_attention
 
     yield "prompt_attention", plot_prompt_attention(prompt_attention(model, batch))
-    yield "attention_maps", plot_attention_maps(model, of_maps)
+    yield "attention_maps", plot_attention_maps(model, of_maps, processing_class=processor)
 
 
 def is_e2vpt(folder: Path) -> bool:
@@ -115,7 +121,8 @@ def draw(run: Path, args: FigureArguments, data_args: DataArguments) -> Iterator
 
     rows: list[dict[str, Any]] = json.loads((run / "results.json").read_text())["methods"]
     folders = {row["method"]: run / row["method"] for row in rows}
-    yield "methods", plot_methods(rows)
+    tested = load_tested(args, data_args)
+    yield "methods", plot_methods(rows, num_images=len(tested))
     for method, folder in folders.items():
         for name, figure in draw_run(folder):
             yield f"{method}-{name}", figure
@@ -124,14 +131,15 @@ def draw(run: Path, args: FigureArguments, data_args: DataArguments) -> Iterator
     if not adapted:
         return
     first = next(iter(adapted.values()))
-    images = load_images(args, data_args)
+    images = tested.select(range(min(args.num_images, len(tested))))
     transform = image_transform(load_processor(str(first), image_size=None))
     pixels = {"pixel_values": collate(list(images.with_transform(transform)))["pixel_values"]}
-    of_maps = load_images_of_maps(args, images, first)
+    processor_of_maps = load_processor(str(first), args.maps_size)
+    of_maps = load_images_of_maps(args, images, processor_of_maps)
     embeddings = {}
     for method, folder in adapted.items():
         model = peft_e2vpt.load(folder)
-        for name, figure in draw_attention(model, pixels, of_maps):
+        for name, figure in draw_attention(model, pixels, of_maps, processor_of_maps):
             yield f"{method}-{name}", figure
         if not embeddings:
             with model.disable_adapter():
@@ -141,7 +149,10 @@ def draw(run: Path, args: FigureArguments, data_args: DataArguments) -> Iterator
 
 
 def main() -> None:
+    from matplotlib import rc_context
     from PIL import Image
+
+    from peft_e2vpt.plotting import DARK
 
     parser = HfArgumentParser((FigureArguments, DataArguments), description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -150,12 +161,14 @@ def main() -> None:
     args, data_args, others = parser.parse_args_into_dataclasses()
     target = Path(args.figures_dir or others.run / "figures")
     target.mkdir(parents=True, exist_ok=True)
-    for name, figure in draw(others.run, args, data_args):
-        path = target / f"{name}.png"
-        figure.savefig(path, dpi=args.dpi)
-        if args.colours is not None:
-            Image.open(path).convert("RGB").quantize(args.colours).save(path, optimize=True)
-        print(path)
+    for suffix, style in (("", nullcontext()), *([("-dark", rc_context(DARK))] if args.dark else [])):
+        with style:
+            for name, figure in draw(others.run, args, data_args):
+                path = target / f"{name}{suffix}.png"
+                figure.savefig(path, dpi=args.dpi)
+                if args.colours is not None:
+                    Image.open(path).convert("RGB").quantize(args.colours).save(path, optimize=True)
+                print(path)
 
 
 if __name__ == "__main__":
