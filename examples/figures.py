@@ -68,17 +68,16 @@ def load_tested(args: FigureArguments, data_args: DataArguments) -> Dataset:
     return splits[reported_split(splits)].shuffle(seed=args.seed)
 
 
-def load_images_of_maps(
-    args: FigureArguments, images: Dataset, processor: BaseImageProcessor
-) -> dict[str, torch.Tensor]:
+def load_images_of_maps(args: FigureArguments, images: Dataset, folder: Path) -> dict[str, torch.Tensor]:
     """Loads the images to draw attention maps of, from files or among those of the dataset, as a batch."""
     from PIL import Image
 
+    transform = image_transform(load_processor(str(folder), args.maps_size))
     if args.maps_of:
         shown = {"image": [Image.open(path) for path in args.maps_of], "label": []}
-        return {"pixel_values": image_transform(processor)(shown)["pixel_values"]}
+        return {"pixel_values": transform(shown)["pixel_values"]}
     few = images.select(range(min(args.num_maps, len(images))))
-    return collate(list(few.with_transform(image_transform(processor))))
+    return collate(list(few.with_transform(transform)))
 
 
 def draw_run(folder: Path) -> Iterator[tuple[str, Figure]]:
@@ -97,14 +96,18 @@ def draw_run(folder: Path) -> Iterator[tuple[str, Figure]]:
 
 
 def draw_attention(
-    model: PeftModel, batch: dict[str, torch.Tensor], of_maps: dict[str, torch.Tensor], processor: BaseImageProcessor
+    model: PeftModel,
+    batch: dict[str, torch.Tensor],
+    of_maps: dict[str, torch.Tensor],
+    processor: BaseImageProcessor,
+    answers: bool,
 ) -> Iterator[tuple[str, Figure]]:
     """Draws how much attention prompts get, and where in images the rest goes."""
     from peft_e2vpt.attention_maps import prompt_attention
     from peft_e2vpt.plotting import plot_attention_maps, plot_prompt_attention
 
     yield "prompt_attention", plot_prompt_attention(prompt_attention(model, batch))
-    yield "attention_maps", plot_attention_maps(model, of_maps, processing_class=processor)
+    yield "attention_maps", plot_attention_maps(model, of_maps, processing_class=processor, answers=answers)
 
 
 def is_e2vpt(folder: Path) -> bool:
@@ -134,12 +137,12 @@ def draw(run: Path, args: FigureArguments, data_args: DataArguments) -> Iterator
     images = tested.select(range(min(args.num_images, len(tested))))
     transform = image_transform(load_processor(str(first), image_size=None))
     pixels = {"pixel_values": collate(list(images.with_transform(transform)))["pixel_values"]}
-    processor_of_maps = load_processor(str(first), args.maps_size)
-    of_maps = load_images_of_maps(args, images, processor_of_maps)
+    of_maps = load_images_of_maps(args, images, first)
+    processor = load_processor(str(first), args.maps_size)
     embeddings = {}
     for method, folder in adapted.items():
         model = peft_e2vpt.load(folder)
-        for name, figure in draw_attention(model, pixels, of_maps, processor_of_maps):
+        for name, figure in draw_attention(model, pixels, of_maps, processor, answers=not args.maps_of):
             yield f"{method}-{name}", figure
         if not embeddings:
             with model.disable_adapter():
@@ -149,16 +152,16 @@ def draw(run: Path, args: FigureArguments, data_args: DataArguments) -> Iterator
 
 
 def main() -> None:
-    from matplotlib import rc_context
-    from PIL import Image
-
-    from peft_e2vpt.plotting import DARK
-
     parser = HfArgumentParser((FigureArguments, DataArguments), description=__doc__.split("\n")[0])
     parser.add_argument(
         "run", nargs="?", type=Path, default=Path("runs/finetune"), help="Output folder of finetune.py."
     )
     args, data_args, others = parser.parse_args_into_dataclasses()
+    from matplotlib import rc_context
+    from PIL import Image
+
+    from peft_e2vpt.plotting import DARK
+
     target = Path(args.figures_dir or others.run / "figures")
     target.mkdir(parents=True, exist_ok=True)
     for suffix, style in (("", nullcontext()), *([("-dark", rc_context(DARK))] if args.dark else [])):

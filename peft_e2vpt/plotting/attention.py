@@ -128,7 +128,12 @@ def _maps(maps: list[AttentionMap], height: int, width: int) -> _Maps:
 
 
 def plot_attention_maps(
-    model: PeftModel, inputs: dict[str, Any], *, processing_class: Any = None, num_prefix_tokens: int | None = None
+    model: PeftModel,
+    inputs: dict[str, Any],
+    *,
+    processing_class: Any = None,
+    answers: bool = True,
+    num_prefix_tokens: int | None = None,
 ) -> Figure:
     """Draws where in images the attention of the class token goes, with prompts and without.
 
@@ -148,6 +153,7 @@ def plot_attention_maps(
         inputs: a batch of a few images as the model takes it, with `pixel_values` (B, C, H, W).
         processing_class: the image processor that made the pixels, so that images have their own colours; by default
             the darkest value is drawn black and the brightest white.
+        answers: whether answers are written; leave them out for images that have none of the classes.
         num_prefix_tokens: class and register tokens before the patches; by default what is known of the backbone.
 
     Raises:
@@ -159,8 +165,8 @@ def plot_attention_maps(
     with_prompts = _maps(attention_maps(model, inputs, num_prefix_tokens=num_prefix_tokens), height, width)
     with model.disable_adapter():
         without = _maps(attention_maps(model, inputs, num_prefix_tokens=num_prefix_tokens), height, width)
-    answers = _answers(model, inputs)
-    rows = 1.95 * height / width + (0.35 if any(answers) else 0)
+    below = _answers(model, inputs) if answers else [""] * num_images
+    rows = 1.95 * height / width + 0.17 * max(text.count("\n") for text in below)
     figure = canvas.new_figure(9.5, 1.5 + rows * num_images)
     places = figure.add_gridspec(num_images + 1, 5, height_ratios=[1] * num_images + [0.06])
     grid = np.array([[figure.add_subplot(places[row, column]) for column in range(5)] for row in range(num_images)])
@@ -171,7 +177,7 @@ def plot_attention_maps(
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     images = [_as_colours(image, processing_class) for image in pixels.float().cpu()]
-    for index, (image, answer) in enumerate(zip(images, answers, strict=True)):
+    for index, (image, answer) in enumerate(zip(images, below, strict=True)):
         grid[index, 0].imshow(image, extent=(0, width, height, 0))
         grid[index, 0].set_xlabel(answer, fontsize=9)
         grid[index, 2].set_xlabel(f"{100 * with_prompts.to_prompts[index]:.0f} % to prompts", fontsize=9)
