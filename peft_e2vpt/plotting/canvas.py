@@ -162,6 +162,9 @@ def label_points(axes: Axes, labels: Sequence[Label]) -> None:
                 va=vertical,
                 color=of_text(label.colour),
                 fontsize=9,
+                arrowprops={"arrowstyle": "-", "color": quiet(), "linewidth": 0.7}
+                if max(abs(dx), abs(dy)) > 9
+                else None,
             )
             box = text.get_window_extent()
             outside = max(0.0, box.x1 - frame.x1) + max(0.0, frame.x0 - box.x0) + max(0.0, box.y1 - frame.y1)
@@ -176,5 +179,5 @@ def label_points(axes: Axes, labels: Sequence[Label]) -> None:
         taken.append(best[3])
 
 
-_COLUMNS = ((9, "left"), (-9, "right"), (0, "center"))
-_ROWS = ((0, "center"), (9, "bottom"), (-9, "top"), (20, "bottom"), (-20, "top"))
+_COLUMNS = ((9, "left"), (-9, "right"), (0, "center"), (36, "left"), (-36, "right"), (80, "left"), (-80, "right"))
+_ROWS = ((0, "center"), (9, "bottom"), (-9, "top"), (26, "bottom"), (-26, "top"), (48, "bottom"), (-48, "top"))
