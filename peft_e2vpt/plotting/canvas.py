@@ -143,12 +143,15 @@ def label_ends(axes: Axes, labels: Sequence[Label]) -> None:
 
 def label_points(axes: Axes, labels: Sequence[Label]) -> None:
     """Writes labels beside their points, where they cover no other label and no point."""
+    from matplotlib.text import Text
+
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
     taken: list[Bbox] = []
     points = [axes.transData.transform((label.x, label.y)) for label in labels]
     places = [(dx, dy, h, v) for (dy, v), (dx, h) in product(_ROWS, _COLUMNS) if (dx, dy) != (0, 0)]
+    places.sort(key=lambda place: place[0] ** 2 + place[1] ** 2)
     frame = axes.get_window_extent()
     for label in labels:
         tried: list[tuple[float, int, Any, Bbox]] = []
@@ -166,7 +169,8 @@ def label_points(axes: Axes, labels: Sequence[Label]) -> None:
                 if max(abs(dx), abs(dy)) > 9
                 else None,
             )
-            box = text.get_window_extent()
+            text.get_window_extent()  # puts it into its place
+            box = Text.get_window_extent(text)  # without its line
             outside = max(0.0, box.x1 - frame.x1) + max(0.0, frame.x0 - box.x0) + max(0.0, box.y1 - frame.y1)
             covered = sum(box.overlaps(other) for other in taken) + sum(box.padded(3).contains(*p) for p in points)
             tried.append((covered + outside / 20, len(tried), text, box))

@@ -41,6 +41,7 @@ pytest.importorskip("sklearn")
 
 from matplotlib import rc_context  # noqa: E402
 from matplotlib.colors import LogNorm, to_rgb  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
 
 from peft_e2vpt.plotting.attention import _diverging  # noqa: E402
 from peft_e2vpt.plotting.canvas import colours, of_text  # noqa: E402
@@ -326,7 +327,7 @@ def test_names_of_methods_cover_neither_each_other_nor_a_point() -> None:
     figure = plot_methods(rows)
     figure.draw_without_rendering()
     (axes,) = figure.axes
-    boxes = [text.get_window_extent() for text in axes.texts]
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without lines to points
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
     points = [axes.transData.transform((row["trained"], 100 * row["accuracy"])) for row in rows]
     assert not any(box.contains(*point) for box in boxes for point in points)
