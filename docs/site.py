@@ -45,7 +45,9 @@ class LinkNames(SphinxPostTransform):
     def run(self, **kwargs: Any) -> None:
         python = self.env.get_domain("py")
         full_names: dict[str, set[str]] = {}
-        for full_name in python.objects:  # type: ignore[attr-defined]
+        for full_name, described in python.objects.items():  # type: ignore[attr-defined]
+            if described.aliased:  # where the name is defined, which readers need not know
+                continue
             full_names.setdefault(full_name.rpartition(".")[2], set()).add(full_name)
         for literal in list(self.document.findall(nodes.literal)):
             if any(isinstance(above, (nodes.reference, nodes.title, desc_signature)) for above in ancestors(literal)):
