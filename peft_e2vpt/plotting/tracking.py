@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
+from .._compat import running_calls
 from ..attention_maps import prompt_attention
 from ..pruning.report import PruningReport
-from ..pruning.running import running_trainer
 from .attention import plot_attention_maps, plot_prompt_attention
 from .pruning import plot_pruning
 
@@ -70,9 +71,10 @@ class FiguresCallback(TrainerCallback):
         if self.maps:
             figures["attention_maps"] = plot_attention_maps(model, self.inputs, processing_class=self.processing_class)
         if state.is_world_process_zero:
-            callbacks = running_trainer().callback_handler.callbacks
+            callers = (call.f_locals.get("self") for call in running_calls())
+            handler = next(caller for caller in callers if isinstance(caller, CallbackHandler))
             for name, figure in figures.items():
-                report_figure(callbacks, f"figures/{name}", figure, state.global_step)
+                report_figure(handler.callbacks, f"figures/{name}", figure, state.global_step)
 
 
 def report_pruning(trainer: Trainer, report: PruningReport) -> None:
