@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from matplotlib.figure import Figure
     from peft import PeftModel
+    from transformers import BaseImageProcessor
 
 
 LIMITS = ("max_train_samples", "max_eval_samples")
@@ -62,12 +64,13 @@ class FigureArguments:
     maps_size: int | None = field(
         default=None, metadata={"help": "Side of the images of attention maps in pixels. Default: as in the run."}
     )
+    dark: bool = field(default=False, metadata={"help": "Also draw every figure for dark pages: NAME-dark.png."})
     seed: int = field(default=0, metadata={"help": "Of the choice of images."})
 
 
-def load_images(args: FigureArguments, data_args: DataArguments, results: dict[str, Any]) -> Dataset:
+def load_tested(args: FigureArguments, data_args: DataArguments, results: dict[str, Any]) -> Dataset:
     """
-    Chooses images of a run, from the split that `finetune.py` reports.
+    Loads the split that `finetune.py` reports, in an order of its own.
 
     Args:
         data_args (`DataArguments`): Where they lie, as far as it is not where `results` says.
@@ -90,17 +93,19 @@ def load_images(args: FigureArguments, data_args: DataArguments, results: dict[s
             f"{results['data'].get('train_dir') or results['data'].get('dataset_name') or 'elpv-dataset'}): pass the "
             "options for images that finetune.py was given, or none."
         )
-    images = splits[reported_split(splits)].shuffle(seed=args.seed)
-    return images.select(range(min(args.num_images, len(images))))
+    return splits[reported_split(splits)].shuffle(seed=args.seed)
 
 
 def load_images_of_maps(args: FigureArguments, images: Dataset, folder: Path) -> dict[str, torch.Tensor]:
     """Loads the images to draw attention maps of, from files or among those of the dataset, as a batch."""
     from peft_e2vpt.images import read_image
 
-    shown = [read_image(path) for path in args.maps_of] if args.maps_of else images[: args.num_maps]["image"]
     transform = image_transform(load_processor(str(folder), args.maps_size))
-    return {"pixel_values": transform({"image": shown, "label": []})["pixel_values"]}
+    if args.maps_of:
+        shown = [read_image(path) for path in args.maps_of]
+        return {"pixel_values": transform({"image": shown, "label": []})["pixel_values"]}
+    few = images.select(range(min(args.num_maps, len(images))))
+    return collate(list(few.with_transform(transform)))
 
 
 def draw_run(folder: Path) -> Iterator[tuple[str, Figure]]:
@@ -120,14 +125,18 @@ def draw_run(folder: Path) -> Iterator[tuple[str, Figure]]:
 
 
 def draw_attention(
-    model: PeftModel, batch: dict[str, torch.Tensor], of_maps: dict[str, torch.Tensor]
+    model: PeftModel,
+    batch: dict[str, torch.Tensor],
+    of_maps: dict[str, torch.Tensor],
+    processor: BaseImageProcessor,
+    answers: bool,
 ) -> Iterator[tuple[str, Figure]]:
     """Draws how much attention prompts get, and where in images the rest goes."""
     from peft_e2vpt.attention_maps import prompt_attention
     from peft_e2vpt.plotting import plot_attention_maps, plot_prompt_attention
 
     yield "prompt_attention", plot_prompt_attention(prompt_attention(model, batch))
-    yield "attention_maps", plot_attention_maps(model, of_maps)
+    yield "attention_maps", plot_attention_maps(model, of_maps, processing_class=processor, answers=answers)
 
 
 def is_e2vpt(folder: Path) -> bool:
@@ -146,22 +155,24 @@ def draw(run: Path, args: FigureArguments, data_args: DataArguments) -> Iterator
     rows = results["methods"]
     folders = {row["method"]: run / row["method"] for row in rows}
     adapted = {method: folder for method, folder in folders.items() if is_e2vpt(folder)}
-    images = load_images(args, data_args, results) if adapted else None  # before anything is drawn: they may be wrong
-    yield "methods", plot_methods(rows)
+    tested = load_tested(args, data_args, results) if adapted else None  # before anything is drawn: they may be wrong
+    yield "methods", plot_methods(rows, num_images=None if tested is None else len(tested))
     for method, folder in folders.items():
         for name, figure in draw_run(folder):
             yield f"{method}-{name}", figure
-    if images is None:
+    if tested is None:
         return
+    images = tested.select(range(min(args.num_images, len(tested))))
     first = next(iter(adapted.values()))
     transform = image_transform(load_processor(str(first), image_size=None))
     pixels = {"pixel_values": collate(list(images.with_transform(transform)))["pixel_values"]}
     of_maps = load_images_of_maps(args, images, first)
+    processor = load_processor(str(first), args.maps_size)
     embeddings = {}
     for method, folder in adapted.items():
         with quiet_files():
             model = peft_e2vpt.load(folder)
-        for name, figure in draw_attention(model, pixels, of_maps):
+        for name, figure in draw_attention(model, pixels, of_maps, processor, answers=not args.maps_of):
             yield f"{method}-{name}", figure
         if not embeddings:
             with model.disable_adapter():
@@ -181,13 +192,19 @@ def main() -> None:
     with in_one_sentence(verbose=False):
         args, data_args, others = parser.parse_args_into_dataclasses()
         target = Path(args.figures_dir or others.run / "figures")
-        for name, figure in draw(others.run, args, data_args):
-            path = target / f"{name}.png"
-            target.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=args.dpi)
-            if args.colours is not None:
-                Image.open(path).convert("RGB").quantize(args.colours).save(path, optimize=True)
-            print(path)
+        from matplotlib import rc_context
+
+        from peft_e2vpt.plotting import DARK
+
+        for suffix, style in (("", nullcontext()), *([("-dark", rc_context(DARK))] if args.dark else [])):
+            with style:
+                for name, figure in draw(others.run, args, data_args):
+                    path = target / f"{name}{suffix}.png"
+                    target.mkdir(parents=True, exist_ok=True)
+                    figure.savefig(path, dpi=args.dpi)
+                    if args.colours is not None:
+                        Image.open(path).convert("RGB").quantize(args.colours).save(path, optimize=True)
+                    print(path)
 
 
 if __name__ == "__main__":

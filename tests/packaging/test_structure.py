@@ -26,7 +26,7 @@ ARROWS = {
     "attention_maps": {"_compat", "attention", "backbones", "evaluation", "tuner"},
     "pruning": {"_compat", "distributed", "evaluation", "tuner"},
     "images": {"_compat", "evaluation", "hub", "pruning", "tuner"},
-    "plotting": {"attention_maps", "pruning"},
+    "plotting": {"_compat", "attention_maps", "evaluation", "pruning"},
     "hub": {"_compat", "backbones", "plotting", "pruning", "tuner"},
 }
 MOST_BELOW_THE_TUNER = 20
