@@ -42,9 +42,10 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.transfer_tasks import TASKS, Split
-from examples.finetune import accuracy, count_trained, find_head_names, load_processor
+from examples.finetune import accuracy, find_head_names, load_processor
 from examples.json_lines import append_line, read_lines
 from peft_e2vpt import E2VPTConfig, PruneRewindCallback, RecipeCallback
+from peft_e2vpt.tuner.summary import count_parameters
 
 
 logger = logging.getLogger("transfer")
@@ -207,7 +208,7 @@ class Bench:
                 "validation_accuracy": trainer.evaluate(validation)["eval_accuracy"],
                 "test_accuracy": trainer.evaluate(test)["eval_accuracy"],
                 "test_images": len(test),
-                "trained": count_trained(model),
+                "trained": count_parameters(model)[0],
                 "parameters": num_parameters,
                 "epochs": epochs,
                 "seconds": wall,

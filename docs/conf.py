@@ -2,23 +2,39 @@
 """Settings of the site: `sphinx-build -W docs build/docs`."""
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import peft_e2vpt
 
+
+sys.path.append(str(Path(__file__).parent.parent))  # for docs.site
 
 project = "peft_e2vpt"
 author = "The peft_e2vpt authors"
 copyright = f"2026, {author}"
 release = peft_e2vpt.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "myst_parser",
+    "sphinx_copybutton",
+    "docs.site",
+]
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"peft_e2vpt {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_search_scorer = str(Path(__file__).parent / "_static" / "scorer.js")
+html_math_renderer = "mathml"
+html_theme_options = {"sidebar_hide_name": False}
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 
 default_role = "code"  # docstrings have single backquotes around names
 autodoc_typehints = "signature"

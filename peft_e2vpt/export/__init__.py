@@ -3,12 +3,13 @@
 
 from .adapter import AdapterRows, export_adapter, read_adapter
 from .backbone import BackboneGraph, export_backbone
-from .bank import AdapterBank
+from .bank import AdapterBank, AdapterBatch
 from .layout import GraphLayout
 
 
 __all__ = [
     "AdapterBank",
+    "AdapterBatch",
     "AdapterRows",
     "BackboneGraph",
     "GraphLayout",

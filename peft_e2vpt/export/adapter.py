@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ def _tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
 def write_adapter(
     path: Path, layout: GraphLayout, name: str, labels: list[str], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Writes what `read_adapter` reads, in float32."""
+    """Writes what `read_adapter` reads, in float32; classes without a name each get their number."""
+    count = _num_classes(layout, tensors)
+    if count is not None and len(labels) != count:
+        labels = [str(number) for number in range(count)]
     metadata = {
         "kind": KIND,
         "format": str(FORMAT),
@@ -84,6 +88,13 @@ def write_adapter(
         "labels": json.dumps(labels),
     }
     save_file(_in_float32(tensors), path, metadata)
+
+
+def _num_classes(layout: GraphLayout, tensors: Mapping[str, torch.Tensor | Array]) -> int | None:
+    """The classes of the first head, where samples have heads of their own."""
+    if not layout.heads or not layout.per_sample_heads:
+        return None
+    return len(tensors[f"head.{layout.heads[0].path}.weight"])
 
 
 def _in_float32(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -158,28 +169,29 @@ def read_adapter(layout: GraphLayout, path: str | Path) -> AdapterRows:
                     f"{path} is not an exported adapter: write one with peft_e2vpt.export.export_adapter(model, "
                     "name, path)."
                 )
-            if int(metadata["format"]) > FORMAT:
-                raise ValueError(f"{path} is of a later version: upgrade peft_e2vpt.")
+            if metadata["format"] != str(FORMAT):
+                raise ValueError(f"{path} is of another version, {metadata['format']}: upgrade peft_e2vpt.")
             if metadata["fingerprint"] != layout.fingerprint:
                 raise ValueError(
                     f"{path} was trained on another backbone than the exported one: export it from a model on the "
                     "same checkpoint."
                 )
             _check_shapes(layout, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, path)
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            for name in file.keys():
+                if file.get_slice(name).get_dtype() != "F32":
+                    raise ValueError(f"{path}: {name} is of {file.get_slice(name).get_dtype()} instead of F32.")
+            arrays: dict[str, Array] = {name: file.get_tensor(name) for name in file.keys()}
             labels = json.loads(metadata["labels"])
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as an exported adapter: {error}.") from error
-    broken = [name for name, array in arrays.items() if array.dtype != np.float32 or not np.isfinite(array).all()]
+    broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if broken:
-        raise ValueError(f"{path}: {broken[0]} is not of finite float32 values.")
+        raise ValueError(f"{path}: {broken[0]} has values that are not finite.")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{path}: labels is not a list of names.")
+    if _num_classes(layout, arrays) not in (None, len(labels)):
+        raise ValueError(f"{path} names {len(labels)} classes, but its head has {_num_classes(layout, arrays)}.")
     return arranged(layout, arrays, metadata["name"], labels)
-
-
-def _fits(wanted: int | None, found: int) -> bool:
-    return wanted is None or wanted == found
 
 
 def _check_shapes(layout: GraphLayout, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
@@ -190,8 +202,13 @@ def _check_shapes(layout: GraphLayout, shapes: dict[str, tuple[int, ...]], path:
             expected[f"rows.{number}.keys"] = (group.heads, None, group.key_dim)
             expected[f"rows.{number}.values"] = (group.heads, None, group.value_dim)
             expected[f"rows.{number}.bias"] = (None,)
-    heads = {f"head.{head.path}.{name}": shape for head in layout.heads for name, shape in head.shapes.items()}
-    expected.update({name: (None, *shape[1:]) for name, shape in heads.items()})
+    heads: dict[str, tuple[int | None, ...]] = {}
+    for head in layout.heads:
+        names = {f"head.{head.path}.{name}": shape for name, shape in head.shapes.items()}
+        if head.per_sample and len({shapes[name][:1] for name in names if name in shapes}) > 1:
+            raise ValueError(f"{path}: weight and bias of the head {head.path} are not of as many classes.")
+        heads.update({name: (None, *shape[1:]) if head.any_classes else shape for name, shape in names.items()})
+    expected.update(heads)
     for name, shape in shapes.items():
         wanted = expected.get(name)
         if (

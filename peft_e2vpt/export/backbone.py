@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..tuner.layer import E2VPTLayer
 from ..tuner.mixed_batch import BASE
 from ..tuner.prompt_layers import prompt_layers
 from .adapter import write_adapter
-from .layout import GraphLayout, base_of, layout_of, tensors_of
+from .layout import GraphLayout, Head, base_of, layout_of, tensors_of
 
 
 LAYOUT_FILE, BASE_FILE = "backbone.json", "base.safetensors"
@@ -136,10 +136,10 @@ class BackboneGraph(nn.Module):
             output = self.base(**images)
         finally:
             self._adapters.rows, self._adapters.heads = {}, {}
-        return _named(output)
+        return outputs_by_name(output)
 
 
-def _named(output: Any) -> dict[str, Tensor]:
+def outputs_by_name(output: Any) -> dict[str, Tensor]:
     """The tensors of an output by name; those of a tuple are numbered."""
     if isinstance(output, Tensor):  # of a model of timm
         return {"logits": output}
@@ -165,8 +165,8 @@ def _example_images(base: nn.Module) -> dict[str, Tensor]:
     return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width)}
 
 
-def _example_adapter(layout: GraphLayout, batch: int) -> dict[str, Tensor]:
-    """Inputs of three adapters with five rows and, of linear heads, the classes of the base model."""
+def _example_adapter(layout: GraphLayout, batch: int, one_class_more: Sequence[Head] = ()) -> dict[str, Tensor]:
+    """Inputs of three adapters with five rows, and the classes of the base model, in some heads one more."""
     adapters, rows = 3, 5
     inputs = {"adapter_index": torch.arange(batch) % adapters}
     for number, group in enumerate(layout.groups):
@@ -176,8 +176,26 @@ def _example_adapter(layout: GraphLayout, batch: int) -> dict[str, Tensor]:
     inputs["row_bias"] = torch.zeros(layout.num_attentions, adapters, rows)
     for number, head in enumerate(layout.heads):
         for name, shape in head.shapes.items():
+            if head in one_class_more:
+                shape = (shape[0] + 1, *shape[1:])
             inputs[layout.head_name(number, name)] = torch.zeros(*([adapters] if head.per_sample else []), *shape)
     return inputs
+
+
+def _with_fixed_heads(graph: BackboneGraph, layout: GraphLayout, images: dict[str, Tensor]) -> GraphLayout:
+    """The layout, in which a linear head whose output the model goes on with has a fixed size: tried, not guessed."""
+    heads, batch = list(layout.heads), len(next(iter(images.values())))
+    for size in {_size_of(head) for head in heads if head.any_classes}:
+        alike = [head for head in heads if head.any_classes and _size_of(head) == size]
+        try:
+            graph(images, _example_adapter(layout, batch, one_class_more=alike))
+        except RuntimeError:  # of shapes that do not fit
+            heads = [dataclasses.replace(head, any_classes=False) if head in alike else head for head in heads]
+    return dataclasses.replace(layout, heads=tuple(heads))
+
+
+def _size_of(head: Head) -> int:
+    return next(iter(head.shapes.values()))[0]
 
 
 def _dynamic(layout: GraphLayout, images: dict[str, Tensor], adapter: dict[str, Tensor]) -> dict[str, Any]:
@@ -189,10 +207,10 @@ def _dynamic(layout: GraphLayout, images: dict[str, Tensor], adapter: dict[str, 
             shapes[layout.name(what, number)] = {1: adapters, 3: rows}
     classes: dict[int, Any] = {}  # heads with as many classes keep to that: DeiT averages two
     for number, head in enumerate(layout.heads):
-        size = next(iter(head.shapes.values()))[0]
-        free = classes.setdefault(size, torch.export.Dim(f"classes_{size}", min=0))
-        for name in head.shapes:
-            shapes[layout.head_name(number, name)] = {0: adapters, 1: free} if head.per_sample else {}
+        of_head = {0: adapters} if head.per_sample else {}
+        if head.any_classes:
+            of_head[1] = classes.setdefault(_size_of(head), torch.export.Dim(f"classes_{_size_of(head)}", min=0))
+        shapes.update({layout.head_name(number, name): of_head for name in head.shapes})
     return {"images": {name: {0: batch} for name in images}, "adapter": {name: shapes[name] for name in adapter}}
 
 
@@ -246,6 +264,7 @@ def export_backbone(
     adapter = _example_adapter(layout, batch)
     with torch.no_grad():
         outputs = tuple(graph(images, adapter))
+        layout = _with_fixed_heads(graph, layout, images)
     layout = dataclasses.replace(layout, images={k: tuple(v.shape[1:]) for k, v in images.items()}, outputs=outputs)
     dynamic = _dynamic(layout, images, adapter)
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,10 +35,30 @@ class _Entry:
     last_use: int = 0
 
 
+@dataclass(frozen=True)
+class AdapterBatch:
+    """The adapters of a batch, as the bank had them when it was asked.
+
+    Attributes:
+        inputs: those of the graph besides the images; see `GraphLayout`.
+        labels: the classes of every sample's adapter, in the order of its logits.
+        widths: how many logits belong to every sample; `None` for all, where one head is that of the whole batch.
+    """
+
+    inputs: dict[str, Any]
+    labels: tuple[tuple[str, ...], ...]
+    widths: tuple[int | None, ...]
+
+    def split(self, logits: Any) -> list[Any]:
+        """Cuts logits (B, ..., C) to the classes of every sample's adapter: B of (..., C_i)."""
+        return [row[..., :width] for row, width in zip(logits, self.widths, strict=True)]
+
+
 class AdapterBank:
     """Adapters for an exported backbone: loads them, and makes the inputs of the graph for a batch.
 
-    Threads may use, add and remove adapters at the same time. A batch keeps the adapters that it began with.
+    Threads may use, add and remove adapters at the same time. A batch keeps the adapters that it began with: what
+    belongs to one batch is asked for once, as an `AdapterBatch`.
 
     Args:
         backbone: the folder that `export_backbone` wrote.
@@ -127,8 +147,8 @@ class AdapterBank:
             return self._entries[name].labels
 
     # ------------------------------------------------------------------------------------------------------- a batch
-    def inputs(self, names: Sequence[str], *, library: str = "numpy") -> dict[str, Any]:
-        """The inputs of the graph for a batch, besides its images; see `GraphLayout`.
+    def batch(self, names: Sequence[str], *, library: str = "numpy") -> AdapterBatch:
+        """What a batch needs besides its images.
 
         Args:
             names: one per sample, `"__base__"` for none.
@@ -136,22 +156,27 @@ class AdapterBank:
 
         Raises:
             KeyError: there is no adapter of a name.
-            ValueError: heads that are not linear differ in the batch, or the list is empty or a string.
+            ValueError: heads that are not linear differ in the batch, an adapter that was given up for others cannot
+                be read again, the list is empty or a string, or the library is another one.
         """
         if isinstance(names, str) or not names:
             raise ValueError(f"names is {names!r}: give a list with one name per sample.")
+        if library not in ("numpy", "torch"):
+            raise ValueError(f"library is {library!r}: choose 'numpy' or 'torch'.")
         distinct = list(dict.fromkeys(names))
-        adapters = self._loaded(distinct)
+        adapters = dict(zip(distinct, self._loaded(distinct), strict=True))
         number = {name: place for place, name in enumerate(distinct)}
         index = np.array([number[name] for name in names], np.int64)
-        inputs = {"adapter_index": index, **tables(self.layout, adapters)}
+        inputs: dict[str, Any] = {"adapter_index": index, **tables(self.layout, list(adapters.values()))}
         if library == "torch":
-            return {name: torch.from_numpy(array) for name, array in inputs.items()}
-        return inputs
+            inputs = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        labels = tuple(adapters[name].labels for name in names)
+        per_sample = bool(self.layout.heads) and self.layout.per_sample_heads
+        return AdapterBatch(inputs, labels, tuple(len(of_one) if per_sample else None for of_one in labels))
 
-    def split(self, logits: Any, names: Sequence[str]) -> list[Any]:
-        """Cuts the logits (B, C) of a batch to the classes of every sample's adapter: B of (C_i,)."""
-        return [row[: len(self.labels(name))] for row, name in zip(logits, names, strict=True)]
+    def inputs(self, names: Sequence[str], *, library: str = "numpy") -> dict[str, Any]:
+        """The inputs of the graph for a batch, besides its images: those of `batch`."""
+        return self.batch(names, library=library).inputs
 
     def _loaded(self, names: list[str]) -> list[AdapterRows]:
         """The adapters, of which those that were given up are read again."""
@@ -169,6 +194,7 @@ class AdapterBank:
                 entry.last_use = self._uses
                 if entry.rows is None:
                     entry.rows = read_adapter(self.layout, entry.path)
+                    entry.labels = entry.rows.labels
                 found[name] = entry.rows
             self._give_up_others(set(names))
             return [found[name] for name in names]

@@ -46,13 +46,15 @@ class Head:
 
     Attributes:
         path: of the module in the model.
-        shapes: of its tensors by name, in the model that was exported; the first dimension may differ by adapter.
+        shapes: of its tensors by name, in the model that was exported.
         per_sample: whether every sample of a batch can have one of its own: a linear layer.
+        any_classes: whether the first dimension may differ by adapter. Not of what the model goes on with.
     """
 
     path: str
     shapes: dict[str, tuple[int, ...]]
     per_sample: bool
+    any_classes: bool
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class GraphLayout:
                 raise ValueError("The exported backbone is of a later version: upgrade peft_e2vpt.")
             groups = [AttentionGroup(**{**g, "attentions": tuple(g["attentions"])}) for g in data.pop("groups")]
             heads = [
-                Head(h["path"], {name: tuple(shape) for name, shape in h["shapes"].items()}, h["per_sample"])
+                Head(**{**h, "shapes": {name: tuple(shape) for name, shape in h["shapes"].items()}})
                 for h in data.pop("heads")
             ]
             images = {name: tuple(shape) for name, shape in data.pop("images").items()}
@@ -152,8 +154,11 @@ def tensors_of(head: nn.Module) -> dict[str, Tensor]:
 
 
 def _fingerprint(base: nn.Module, heads: Sequence[str]) -> str:
-    """A hash of norms and biases of the frozen backbone, which quantised and half-precision copies share."""
-    digest = hashlib.sha256(type(base).__name__.encode())
+    """A hash of norms and biases of the frozen backbone, which quantised and half-precision copies share.
+
+    Names and order of parameters do not enter it: they differ between versions of transformers.
+    """
+    digests = []
     for name, parameter in base.named_parameters():
         name = name.replace(".original_module.", ".")
         is_adapters = name.startswith(f"{CONTAINER}.") or ".modules_to_save." in name
@@ -161,9 +166,9 @@ def _fingerprint(base: nn.Module, heads: Sequence[str]) -> str:
             continue
         if any(name.startswith(f"{head}.") for head in heads):
             continue
-        digest.update(name.encode())
-        digest.update(parameter.detach().to("cpu", torch.bfloat16).float().numpy().tobytes())
-    return digest.hexdigest()
+        values = parameter.detach().to("cpu", torch.bfloat16).float().numpy()
+        digests.append(hashlib.sha256(values.tobytes()).digest())
+    return hashlib.sha256(type(base).__name__.encode() + b"".join(sorted(digests))).hexdigest()
 
 
 def layout_of(model: nn.Module) -> GraphLayout:
@@ -196,7 +201,8 @@ def layout_of(model: nn.Module) -> GraphLayout:
     heads = []
     for path, module in found.items():
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(module).items()}
-        heads.append(Head(path, shapes, type(module) is nn.Linear))
+        is_linear = type(module) is nn.Linear
+        heads.append(Head(path, shapes, per_sample=is_linear, any_classes=is_linear))
     return GraphLayout(
         model=type(base).__name__,
         fingerprint=_fingerprint(base, list(found)),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .canvas import literal, new_figure
+from .canvas import MARKERS, colours, literal, new_figure, quieten
 
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def plot_embeddings(
         embeddings: of every model, by the title of its column, (n, D), for instance from
             `peft_e2vpt.embeddings.class_token_embeddings(model, batch)`.
         labels: (n,), classes of the images.
-        label_names: names of the classes; the legend names up to 20.
+        label_names: names of the classes; the legend names up to 20. Each has a colour and a marker; no two of 104
+            share both.
 
     Raises:
         ImportError: matplotlib or scikit-learn is not installed.
@@ -84,22 +85,22 @@ def plot_embeddings(
         axes.set_aspect("equal", adjustable="datalim")
     if len(label_names) <= NUM_NAMED_CLASSES:
         handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), markerscale=2)
+        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), markerscale=1.6)
     return figure
 
 
 def _scatter(axes: Axes, points: Tensor, classes: Tensor, label_names: Sequence[str]) -> None:
-    from matplotlib import colormaps
-
-    colours = colormaps["tab10" if len(label_names) <= 10 else "tab20"]
+    of_classes = colours()
+    quieten(axes)
     for label in classes.unique().tolist():
         of_class = points[classes == label]
         axes.scatter(
             of_class[:, 0],
             of_class[:, 1],
-            s=14,
-            alpha=0.7,
+            s=18,
+            alpha=0.75,
             linewidths=0,
-            color=colours(label % colours.N),
+            marker=MARKERS[label % len(MARKERS)],
+            color=of_classes[label % len(of_classes)],
             label=literal(str(label_names[label])),
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..pruning.report import PruningReport
-from .canvas import new_figure
+from .canvas import PRUNED, amounts, colours, new_figure
 
 
 if TYPE_CHECKING:
@@ -34,20 +34,23 @@ def plot_pruning(report: PruningReport) -> Figure:
     segments = np.asarray(report.segment_gates) > 0
     num_layers, num_prompts, num_segments = segments.shape
     labels = [str(layer) for layer in report.layers] if num_layers > 1 else ["all"]
-    figure = new_figure(11, 1.6 + 0.32 * num_layers)
+    figure = new_figure(11, max(2.6, 1.6 + 0.32 * num_layers))
     left, right = figure.subplots(1, 2, width_ratios=[1, 2])
     share = scores / np.maximum(scores.max(axis=1, keepdims=True), np.finfo(float).tiny)
-    image = left.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    image = left.imshow(share, cmap=amounts(), vmin=0, vmax=1, aspect="auto")
     rows, columns = np.nonzero(~kept)
-    left.plot(columns, rows, "x", color="tab:red", markersize=6, label="pruned")
-    left.set(title="Importance of visual prompts", xlabel="prompt", ylabel="layer", yticks=range(num_layers))
+    left.plot(columns, rows, "x", color=colours()[PRUNED], markersize=6, markeredgewidth=1.8, label="pruned")
+    left.set(
+        title="Importance of visual prompts (x: pruned)", xlabel="prompt", ylabel="layer", yticks=range(num_layers)
+    )
     left.set_yticklabels(labels)
+    left.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=left, label="share of the layer's largest")
-    right.imshow(segments.reshape(num_layers, -1), cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+    right.imshow(segments.reshape(num_layers, -1), cmap=amounts(), vmin=0, vmax=1.4, aspect="auto")
     right.set_xticks(np.arange(num_prompts) * num_segments + (num_segments - 1) / 2, range(num_prompts))
     right.set_yticks(range(num_layers), labels)
     for edge in range(1, num_prompts):
-        right.axvline(edge * num_segments - 0.5, color="white", linewidth=2)
+        right.axvline(edge * num_segments - 0.5, color=figure.get_facecolor(), linewidth=2)
     right.set(title=f"Segments kept ({int(segments.sum())} of {segments.size})", xlabel="prompt", ylabel="layer")
     figure.suptitle(
         f"Pruned {report.when}: {report.tuned_values_before:,} trained parameters "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..pruning.report import PruningReport
-from .canvas import new_figure
+from .canvas import KEY_VALUE, PRUNED, TEST, VISUAL, Label, colours, label_ends, literal, new_figure, quiet, quieten
 
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-COLOURS = {"training": "tab:gray", "learning rate": "tab:gray", "eval": "tab:blue", "test": "tab:green"}
+MOST_MARKED = 30  # points of a line that get a mark each
 REWOUND = {
     "init": "rewound to the start",
     "early": "rewound to an early step",
@@ -67,26 +67,36 @@ def plot_run(
     heights = [1 if title == "learning rate" else 2 for title in drawn]
     figure = new_figure(8, 0.9 + 1.1 * sum(heights))
     all_axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    ends: dict[Axes, list[Label]] = {}
     for axes, (title, lines) in zip(all_axes, drawn.items(), strict=True):
         for name, points in lines.items():
-            style = "-" if name in ("training", "learning rate") else "o-"
-            (line,) = axes.plot(*_with_gap(points, pruned_after), style, markersize=4, label=name)
-            if name in COLOURS:
-                line.set_color(COLOURS[name])
+            # a line shows no single point, and few points are worth a mark each
+            style = "-" if name in ("training", "learning rate") and len(points) > MOST_MARKED else "o-"
+            colour = _colour(name)
+            axes.plot(*_with_gap(points, pruned_after), style, markersize=4, label=literal(name), color=colour)
+            if title != "learning rate":
+                ends.setdefault(axes, []).append(Label(*points[-1], literal(name), colour))
         axes.set_ylabel(title)
         axes.margins(y=0.1)
-        if title != "learning rate":
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        quieten(axes)
     last = max(int(entry["step"]) for entry in log_history if "step" in entry)
     all_axes[-1].set(xlabel="optimizer step", xlim=(0, 1.02 * last))
     all_axes[-1].ticklabel_format(axis="y", scilimits=(-2, 3))
     if report is not None and pruned_after is not None:
         _mark_phases(list(all_axes), report, pruned_after, last)
+    for axes, labels in ends.items():
+        label_ends(axes, labels)
     return figure
 
 
+def _colour(name: str) -> str:
+    of_sets = {"training": quiet(), "learning rate": quiet(), "eval": colours()[VISUAL], "test": colours()[TEST]}
+    return of_sets.get(name, colours()[4])
+
+
 def _series(log_history: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(int(entry["step"]), float(entry[key])) for entry in log_history if key in entry and "step" in entry]
+    found = [(int(entry["step"]), float(entry[key])) for entry in log_history if key in entry and "step" in entry]
+    return [(step, value) for step, value in found if math.isfinite(value)]
 
 
 def _with_gap(points: list[tuple[int, float]], pruned_after: int | None) -> tuple[list[float], list[float]]:
@@ -102,9 +112,9 @@ def _with_gap(points: list[tuple[int, float]], pruned_after: int | None) -> tupl
 
 def _mark_phases(all_axes: list[Axes], report: PruningReport, pruned_after: int, last: int) -> None:
     for axes in all_axes:
-        axes.axvspan(0, pruned_after, color="tab:blue", alpha=0.07, linewidth=0)
-        axes.axvspan(pruned_after, last, color="tab:orange", alpha=0.07, linewidth=0)
-        axes.axvline(pruned_after, color="tab:red", linestyle="--", linewidth=1)
+        axes.axvspan(0, pruned_after, color=colours()[VISUAL], alpha=0.08, linewidth=0)
+        axes.axvspan(pruned_after, last, color=colours()[KEY_VALUE], alpha=0.1, linewidth=0)
+        axes.axvline(pruned_after, color=colours()[PRUNED], linestyle="--", linewidth=1)
     top = all_axes[0]
     kept = sum(sum(row) for row in report.token_gates)
     total = sum(len(row) for row in report.token_gates)

@@ -219,6 +219,9 @@ class PruneRewindCallback(PruningArguments, TrainerCallback, ExportableState):
         if trainer.is_world_process_zero():
             self.report.save(trainer.args.output_dir)
         trainer.log(self.report.numbers())
+        from ..plotting.tracking import report_pruning  # figures stand above the phases that they draw
+
+        report_pruning(trainer, self.report)
 
     # --------------------------------------------------------------------------------------------------------- the end
     def on_train_end(

@@ -35,6 +35,27 @@ def _check_that_heads_can_be_saved(model: nn.Module, adapter_name: str) -> None:
             )
 
 
+def _put_back_what_other_names_took(
+    model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, others: Sequence[str]
+) -> None:
+    """Completes what PEFT is about to save, in place.
+
+    PEFT takes out every tensor that has the name of another adapter anywhere in its path: beside an adapter "1", all
+    others would lose the prompts of the second layer.
+    """
+    ends = f".{adapter_name}"
+    for key, tensor in model.state_dict().items():
+        is_ours = (".e2vpt_" in key and key.endswith(ends)) or f".modules_to_save{ends}." in key
+        if not is_ours or key in state_dict or set(others).isdisjoint(key.removesuffix(ends).split(".")):
+            continue
+        if hasattr(tensor, "device_mesh"):
+            raise ValueError(
+                f"The adapter {adapter_name!r} cannot be saved sharded beside {', '.join(map(repr, others))}: PEFT "
+                f"takes one of these names for a part of {key}. Name adapters by words that no module is called by."
+            )
+        state_dict[key] = tensor
+
+
 class TunerOnDisk(BaseTuner):
     """The part of the tuner that PEFT asks for the tensors of an adapter: when it is saved, and when it is loaded."""
 
@@ -54,6 +75,7 @@ class TunerOnDisk(BaseTuner):
         PEFT asks for them right before it saves `config`, which then tells of the model that it belongs to.
         """
         _check_that_heads_can_be_saved(model, adapter_name)
+        _put_back_what_other_names_took(model, state_dict, adapter_name, unwanted_adapter_names)
         config.belongs_to(model, adapter_name)
         tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
@@ -66,6 +88,8 @@ class TunerOnDisk(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         if ".e2vpt_" in key:
             return key.removesuffix(f".{adapter_name}")
+        if ".modules_to_save." not in key:
+            return key  # of a head, from which PEFT has taken the name: the adapter may be called like the head
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod

@@ -25,14 +25,17 @@ from tests.support.command_line import fail
         (["card", "somebody/away", "--write"], "is no folder to write a card into"),
         (["convert", "none.pth", "--base", "base", "--output", "new"], "No such file or directory: 'none.pth'"),
         (["prune", "adapter", "--data", "base", "--output", "new"], "The dataset base has no Image column"),
-        (["prune", "adapter", "--data", "empty", "--output", "new"], "The images empty cannot be loaded"),
+        (
+            ["prune", "adapter", "--data", "empty", "--output", "new"],
+            "empty holds no images: put them into a folder per",
+        ),
         (["prune", "adapter", "--data", "images", "--output", "adapter"], "There is an adapter in adapter already"),
         (["prune", "adapter", "--data", "images", "--output", "new", "--tokens", "9"], "Cannot prune 9 of 4 prompts"),
         (["prune", "adapter", "--data", "images", "--output", "new", "--tokens", "x"], "is neither a ratio"),
         (["prune", "adapter", "--data", "others", "--output", "new"], "classes that the adapter does not know: cat"),
         (
             ["prune", "adapter", "--data", "images", "--output", "new", "--max-tuned-percentage", "0.1"],
-            "max_tuned_percentage=0.1 is too small: head and key-value prompts alone take",
+            "--max-tuned-percentage 0.1 is too small: head and key-value prompts alone take",
         ),
         (
             ["prune", "adapter", "--data", "p", "--output", "n", "--tokens", "1", "--max-tuned-percentage", "1"],

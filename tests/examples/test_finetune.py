@@ -12,36 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.own_images import draw_images, save_tiny_vit
 from tests.support.paths import EXAMPLES
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Twelve noisy images of two classes, one folder each: dark and bright."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for label, level in (("dark", 30), ("bright", 200)):
-        (folder / label).mkdir()
-        for index in range(6):
-            pixels = level + torch.randint(0, 50, (40, 40, 3), generator=generator)
-            Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / label / f"{index}.png")
-    return folder
+    return draw_images(tmp_path_factory.mktemp("images"), 6)
 
 
 @pytest.fixture(scope="module")
 def tiny_vit(tmp_path_factory) -> Path:
-    """A random ViT of two layers, saved with the configuration of its image processor."""
-    from transformers import ViTConfig, ViTModel
-
-    folder = tmp_path_factory.mktemp("vit")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes), add_pooling_layer=False).save_pretrained(folder)
-    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
+    return save_tiny_vit(tmp_path_factory.mktemp("vit"))
 
 
 def finetune(*arguments: object) -> subprocess.CompletedProcess:
@@ -68,7 +50,19 @@ def finished(tmp_path_factory, images, tiny_vit) -> tuple[Path, str]:
         "--save_strategy", "steps", "--save_steps", 1,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
+    noise = ("LOAD REPORT", "{'loss'", "{'eval", "train_runtime", "FutureWarning", "Writing model shards", "Traceback")
+    assert not [word for word in noise if word in run.stdout + run.stderr]
     return output, run.stdout
+
+
+@pytest.mark.processes
+def test_verbose_brings_back_what_the_libraries_log(images, tiny_vit, tmp_path):
+    run = finetune(
+        "--model_name_or_path", tiny_vit, "--train_dir", images, "--output_dir", tmp_path, "--method", "linear",
+        "--max_steps", 1, "--use_cpu", "--verbose",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "LOAD REPORT" in run.stderr and "train_runtime" in run.stdout + run.stderr
 
 
 @pytest.mark.processes
@@ -87,6 +81,9 @@ def test_finetune_prints_and_saves_the_table(finished):
     assert rows["e2vpt-pruned"]["trained"] <= rows["e2vpt"]["trained"]
     assert rows["lora"]["trained"] == head + 2 * 2 * 8 * width * layers
     assert rows["full"]["percent"] == 100
+    for method in ("e2vpt", "e2vpt-pruned", "vpt-deep", "vpt-shallow"):
+        card = (output / method / "README.md").read_text()
+        assert f"**{rows[method]['trained']:,} parameters, {rows[method]['percent']:.3f} % of the model**" in card
     assert all(0 <= row["accuracy"] <= 1 and row["seconds"] > 0 for row in rows.values())
 
 
@@ -158,7 +155,7 @@ def test_attention_maps_can_be_drawn_of_files(finished, images):
         (["--validation_dir", "PICTURES"], "--validation_dir needs --train_dir"),
         (["--method", "linear", "e2vpt", "--push_to_hub"], "need a single --method"),
         (["--method", "adapterfusion"], "invalid choice: 'adapterfusion'"),
-        (["--train_dir", "PICTURES/dark", "--model_name_or_path", "VIT"], "one folder per class"),
+        (["--train_dir", "PICTURES/dark", "--model_name_or_path", "VIT"], "in no class folder, such as 0.png"),
     ],
 )
 def test_wrong_arguments_get_one_clear_sentence(arguments, message, images, tiny_vit, monkeypatch, capsys):

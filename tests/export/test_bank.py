@@ -82,3 +82,11 @@ def test_threads_add_replace_remove_and_use_adapters_at_the_same_time(folder: Pa
         for task in tasks:
             task.result()
     assert sorted(bank) == sorted(DIFFERENT)
+
+
+def test_a_batch_is_cut_to_the_classes_that_its_adapters_had_when_it_began(folder: Path) -> None:
+    bank = bank_of(folder)
+    batch = bank.batch(["a", BASE])
+    bank.remove("a")
+    parts = batch.split(np.arange(14.0).reshape(2, 7))
+    assert [len(part) for part in parts] == [len(labels) for labels in batch.labels] == [5, 5]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_e2vpt.export import AdapterBank, BackboneGraph, GraphLayout, export_adapter, export_backbone, read_adapter
+from peft_e2vpt.export.backbone import outputs_by_name
 from peft_e2vpt.export.layout import layout_of
 from tests.support import zoo
 from tests.support import zoo_checks as checks
@@ -104,41 +105,84 @@ def test_the_graph_equals_the_model_in_float64() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+# Their plain versions are exported, but no input can say which adapter a sample has. `checks.WITHOUT_EXPORT` has those
+# whose plain versions are not exported either.
+WITHOUT_ADAPTERS_AS_INPUTS = {"x_clip_vision": "frames, of which the last layers see one sequence a video"}
+
+
+# Their plain versions become programs of torch, but no graphs in ONNX.
+WITHOUT_ONNX = {"siglip2": "asks whether a mask hides nothing, `_is_all_true`, which torch.onnx does not know"}
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=[*marks_of(name), *([] if name in ("hiera", "beit", "yolos") else [pytest.mark.slow])]
-        )
-        for name in zoo.names(attention=True)
-        if name not in checks.WITHOUT_EXPORT and not zoo.is_timm(name)
-    ],
-)
-def test_every_backbone_that_exports_takes_adapters_as_inputs(name: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITHOUT_ONNX)
+def test_a_model_without_a_graph_in_onnx_has_none_without_prompts_either(name: str) -> None:
+    pytest.importorskip("onnxscript", reason="needs the extra `export`")
+    model, inputs = checks.build(name)
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="Failed to convert the exported program"):
+        torch.onnx.export(checks.export(model, inputs), (), dynamo=True, verbose=False)
+
+
+@pytest.mark.parametrize("name", WITHOUT_ADAPTERS_AS_INPUTS)
+def test_a_backbone_whose_samples_share_a_sequence_is_refused(name: str, tmp_path: Path) -> None:
+    base, inputs = checks.build(name)
+    with pytest.raises(ValueError, match="samples that share one packed sequence need equal prompts"):
+        export_backbone(base, tmp_path, format="torch", example_inputs=inputs)
+
+
+def outputs_of(
+    folder: Path, bank: AdapterBank, format: str, images: dict[str, Tensor], name: str
+) -> dict[str, Tensor]:
+    """All outputs of what was exported, with one adapter for all samples."""
+    names = [name] * len(next(iter(images.values())))
+    if format == "torch":
+        with torch.no_grad():
+            program = torch.export.load(folder / "backbone.pt2").module()
+            return program(images, bank.inputs(names, library="torch"))
+    session = pytest.importorskip("onnxruntime").InferenceSession(folder / "backbone.onnx")
+    given = {**{key: value.numpy() for key, value in images.items()}, **bank.inputs(names)}
+    taken = [node.name for node in session.get_inputs()]  # without what the model does not read
+    arrays = session.run(None, {key: given[key] for key in taken})
+    return {node.name: torch.from_numpy(array) for node, array in zip(session.get_outputs(), arrays, strict=True)}
+
+
+def sweep() -> list[Any]:
+    """The zoo in both formats; a few models in one of them are in quick runs too."""
+    found = []
+    for name in zoo.names(attention=True):
+        if name not in {**checks.WITHOUT_EXPORT, **WITHOUT_ADAPTERS_AS_INPUTS} and not zoo.is_timm(name):
+            quick = [] if name in ("hiera", "beit", "yolos") else [pytest.mark.slow]
+            found.append(pytest.param(name, "torch", marks=[*marks_of(name), *quick]))
+            if name not in WITHOUT_ONNX:
+                found.append(pytest.param(name, "onnx", marks=[*marks_of(name), pytest.mark.slow]))
+    return found
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name, format", sweep())
+def test_every_backbone_that_exports_takes_adapters_as_inputs(name: str, format: str, tmp_path: Path) -> None:
     reason = checks.missing(name)
     if reason:
         pytest.skip(f"not in this environment: {reason}")
+    if format == "onnx":
+        pytest.importorskip("onnxscript", reason="needs the extra `export`")
     base, inputs = checks.build(name)
-    config = {"modules_to_save": None}
-    model = get_peft_model(base, checks.config(**config), "a")
-    model.add_adapter("b", checks.config(num_visual_prompts=2, seed=5, **config))
+    model = get_peft_model(base, checks.config(modules_to_save=None), "a")
+    model.add_adapter("b", checks.config(num_visual_prompts=2, seed=5, modules_to_save=None))
     with torch.no_grad():
         checks.disturb_heads(model)
     model.eval()
-    layout = export_backbone(model, tmp_path, format="torch", example_inputs=inputs)
+    layout = export_backbone(model, tmp_path, format=format, example_inputs=inputs)
     bank = AdapterBank(tmp_path)
-    program = torch.export.load(tmp_path / "backbone.pt2").module()
-    batch = len(next(iter(inputs.values())))
     for adapter in "ab":
         bank.add(adapter, export_adapter(model, adapter, tmp_path / f"{adapter}.safetensors"))
         model.set_adapter(adapter)
         with torch.no_grad():
-            expected = checks.run(model, inputs)
-            found = program(inputs, bank.inputs([adapter] * batch, library="torch"))
-        alike = [value for value in found.values() if value.shape == expected.shape]
-        assert min(checks.apart(value, expected) for value in alike) < 1e-4
-    assert set(found) == set(layout.outputs)
+            expected = outputs_by_name(model(**inputs))
+        found = outputs_of(tmp_path, bank, format, inputs, adapter)
+        assert tuple(found) == tuple(expected) == layout.outputs
+        assert max(checks.apart(found[key], expected[key]) for key in expected) < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes
@@ -172,7 +216,7 @@ def test_adapters_tell_different_numbers_of_classes_apart(tmp_path: Path) -> Non
     names = ["few", "a", BASE]
     logits = run(pixels, names)
     assert logits[0, 2:].isneginf().all() and logits[1:].isfinite().all()
-    parts = bank.split(logits, names)
+    parts = bank.batch(names).split(logits)
     torch.testing.assert_close(parts[0], predict(few, {"pixel_values": pixels[:1]})[0], rtol=1e-4, atol=1e-5)
     assert [len(part) for part in parts] == [2, 5, 5]
 
@@ -263,15 +307,20 @@ def damaged(
 DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
     "another backbone": ({"metadata": {"fingerprint": "0" * 64}}, "trained on another backbone"),
     "no exported adapter": ({"metadata": {"kind": "pt"}}, "is not an exported adapter"),
-    "a later version": ({"metadata": {"format": "99"}}, "of a later version: upgrade peft_e2vpt"),
+    "a later version": ({"metadata": {"format": "99"}}, "of another version, 99: upgrade peft_e2vpt"),
+    "a version that is no number": ({"metadata": {"format": "x"}}, "of another version, x"),
     "labels that are no list": ({"metadata": {"labels": '{"a": 1}'}}, "labels is not a list of names"),
     "labels that are no JSON": ({"metadata": {"labels": "["}}, "cannot be read as an exported adapter"),
     "an unknown tensor": ({"tensors": {"rows.9.keys": torch.zeros(4, 2, 8)}}, "rows.9.keys .* takes no such tensor"),
     "another width": ({"tensors": {"rows.0.keys": torch.zeros(4, 5, 9)}}, r"rows.0.keys .* takes \(4, any, 8\)"),
     "other rows in keys": ({"tensors": {"rows.0.keys": torch.zeros(4, 9, 8)}}, "another number of rows"),
     "no head": ({"without": "head.classifier.weight"}, "has no head.classifier.weight"),
-    "values that are not finite": ({"tensors": {"rows.0.keys": torch.full((4, 5, 8), torch.nan)}}, "finite float32"),
-    "half precision": ({"tensors": {"rows.0.keys": torch.zeros(4, 5, 8).half()}}, "finite float32"),
+    "values that are not finite": ({"tensors": {"rows.0.keys": torch.full((4, 5, 8), torch.nan)}}, "not finite"),
+    "half precision": ({"tensors": {"rows.0.keys": torch.zeros(4, 5, 8).half()}}, "is of F16 instead of F32"),
+    "bfloat16": ({"tensors": {"rows.0.keys": torch.zeros(4, 5, 8).bfloat16()}}, "is of BF16 instead of F32"),
+    "names of other classes": ({"metadata": {"labels": '["a", "b"]'}}, "names 2 classes, but its head has 5"),
+    "a bias of other classes": ({"tensors": {"head.classifier.bias": torch.zeros(3)}}, "are not of as many classes"),
+    "a head of other width": ({"tensors": {"head.classifier.weight": torch.zeros(5, 9)}}, r"takes \(any, 32\)"),
 }
 
 

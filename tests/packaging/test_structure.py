@@ -27,7 +27,7 @@ ARROWS = {
     "training": {"_compat", "backbones", "distributed", "evaluation", "tuner"},
     "pruning": {"_compat", "distributed", "evaluation", "training", "tuner"},
     "images": {"_compat", "evaluation", "hub", "pruning", "tuner"},
-    "plotting": {"attention_maps", "pruning"},
+    "plotting": {"_compat", "attention_maps", "evaluation", "pruning"},
     "hub": {"_compat", "backbones", "plotting", "pruning", "tuner"},
 }
 MOST_BELOW_THE_TUNER = 20

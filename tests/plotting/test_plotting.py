@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers import ViTImageProcessorPil
 
 from peft_e2vpt import PruneRewindCallback, PruningReport
 from peft_e2vpt.attention_maps import PromptAttention, attention_maps, prompt_attention
 from peft_e2vpt.embeddings import class_token_embeddings
 from peft_e2vpt.plotting import (
+    DARK,
     plot_attention_maps,
     plot_embeddings,
     plot_methods,
@@ -35,6 +38,14 @@ from tests.support.training import trainer_for
 np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
+
+from matplotlib import rc_context  # noqa: E402
+from matplotlib.colors import LogNorm, to_rgb  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
+
+from peft_e2vpt.plotting.attention import _diverging  # noqa: E402
+from peft_e2vpt.plotting.canvas import colours, of_text  # noqa: E402
+
 
 REPORT = PruningReport(
     step=12,
@@ -167,6 +178,38 @@ def test_maps_with_prompts_leave_prompts_out_and_say_how_much_they_got() -> None
         assert grid[sample, 2].get_xlabel() == f"{to_prompts:.0f} % to prompts"
     scales = {grid[sample, column].images[1].get_clim() for sample in range(BATCH) for column in (1, 2)}
     assert len(scales) == 1  # equal colours are equal numbers
+    ((least, most),) = scales
+    assert least == 1 / most  # as far below uniform attention as above
+
+
+def test_uniform_attention_leaves_the_colours_of_an_image_as_they_are() -> None:
+    colours = _diverging()(LogNorm(1 / 8, 8)([1 / 8, 1.0, 8]))
+    assert colours[1, 3] < 0.01  # the alpha channel
+    assert colours[0, 3] > 0.8 and colours[0, 2] > colours[0, 0]  # less: blue
+    assert colours[2, 3] > 0.8 and colours[2, 0] > colours[2, 2]  # more: orange
+
+
+def test_an_image_has_the_colours_that_it_had_before_the_image_processor() -> None:
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.1, 0.5, 0.9], image_std=[0.2] * 3)
+    model, _ = adapt("dinov2")
+    inputs = dict(processor(Image.new("RGB", (40, 30), (200, 100, 50)), return_tensors="pt"))
+    drawn = plot_attention_maps(model, inputs, processing_class=processor).axes[0].images[0].get_array()
+    assert np.allclose(drawn, [200 / 255, 100 / 255, 50 / 255], atol=0.01)
+
+
+def test_answer_and_truth_stand_below_an_image() -> None:
+    model, inputs = adapt("vit")
+    logits = predict(model, inputs)
+    best = logits.argmax(-1)
+    truth = best.clone()
+    truth[0] = (best[0] + 1) % 5
+    figure = plot_attention_maps(model, {**inputs, "labels": truth})
+    names, shares = model.get_base_model().config.id2label, logits.softmax(-1).max(-1).values
+    for sample in range(BATCH):
+        mark = "\N{CHECK MARK}" if sample else "\N{BALLOT X}"
+        below = figure.axes[5 * sample].get_xlabel()
+        said, true = names[best[sample].item()], names[truth[sample].item()]
+        assert below.replace("\N{ZERO WIDTH SPACE}", "") == f"says {said} ({shares[sample]:.0%}) {mark}\nis {true}"
 
 
 def test_drawing_maps_leaves_the_model_as_it_was() -> None:
@@ -202,13 +245,34 @@ def test_the_phases_of_a_pruned_run_are_marked(rewound_to: str, text: str) -> No
         assert (first.get_x(), first.get_width(), second.get_x(), second.get_width()) == (0, 12, 12, 12)
         assert axes.lines[-1].get_xdata() == [12, 12]
     top = plot_run(HISTORY, replace(REPORT, rewound_to=rewound_to)).axes[0]
-    assert [note.get_text() for note in top.texts] == ["all prompts", f"4 of 6 prompts, {text}"]
+    assert [note.get_text() for note in top.texts[:2]] == ["all prompts", f"4 of 6 prompts, {text}"]
 
 
 def test_no_line_joins_the_two_parts_of_a_pruned_run() -> None:
     points = lines_of(plot_run(HISTORY, REPORT).axes[0])["training"]
     assert points[:2] == [(6, 2.0), (12, 1.0)] and points[3] == (18, 1.8)
     assert points[2][0] == 12 and np.isnan(points[2][1])
+
+
+def test_a_single_point_is_visible() -> None:
+    loss, rate = plot_run([{"step": 6, "loss": 2.0, "learning_rate": 0.1}, {"step": 6, "eval_loss": 1.5}]).axes
+    assert all(line.get_marker() == "o" for axes in (loss, rate) for line in axes.lines)
+
+
+def test_lines_are_named_at_their_ends_and_the_names_keep_apart() -> None:
+    history = [*HISTORY[:2], {"step": 24, "eval_loss": 1.001}, {"step": 24, "test_loss": 1.002}]
+    figure = plot_run(history)
+    figure.draw_without_rendering()
+    names = figure.axes[0].texts
+    assert [name.get_text() for name in names] == ["training", "eval", "test"]
+    boxes = [name.get_window_extent() for name in names]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
+def test_values_that_are_not_finite_make_no_empty_panel() -> None:
+    history = [{"step": 6, "loss": 2.0}, {"step": 6, "eval_loss": float("nan"), "eval_accuracy": float("nan")}]
+    (loss,) = plot_run(history).axes
+    assert list(lines_of(loss)) == ["training"]
 
 
 def test_a_history_without_evaluations_has_no_panel_for_them() -> None:
@@ -245,10 +309,28 @@ def test_a_method_stands_at_its_parameters_and_its_accuracy_over_seeds(metric: s
     assert e2vpt.lines[0].get_xydata().tolist() == [[10_000, pytest.approx(spread[0])]]
     (bar,) = e2vpt.lines[2][0].get_segments()
     assert bar[:, 1].tolist() == pytest.approx(spread[1:])
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "linear: 100 (0.01 %)",
-        "e2vpt: 10,000 (0.20 %)",
+    assert [text.get_text() for text in axes.texts] == ["linear\n100 (0.01 %)", "e2vpt\n10,000 (0.20 %)"]
+
+
+def test_a_grey_bar_is_the_standard_error_of_an_accuracy_on_the_test_set() -> None:
+    (axes,) = plot_methods(ROWS, num_images=100).axes
+    (grey,) = axes.containers[0].lines[2]
+    assert grey.get_segments()[0][:, 1].tolist() == pytest.approx([50 - 5, 50 + 5])  # sqrt(.5 * .5 / 100) = .05
+    assert axes.get_title(loc="left") == "grey: the standard error on 100 images"
+
+
+def test_names_of_methods_cover_neither_each_other_nor_a_point() -> None:
+    rows = [
+        {"method": f"method {i}", "trained": 30_000 + 3_000 * i, "percent": 0.1, "accuracy": 0.8 + 0.004 * i}
+        for i in range(5)
     ]
+    figure = plot_methods(rows)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without lines to points
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    points = [axes.transData.transform((row["trained"], 100 * row["accuracy"])) for row in rows]
+    assert not any(box.contains(*point) for box in boxes for point in points)
 
 
 def test_without_rows_there_is_nothing_to_draw() -> None:
@@ -279,6 +361,8 @@ def test_embeddings_of_each_class_are_drawn_at_their_principal_components() -> N
         assert [points.get_label() for points in axes.collections] == ["cat", "dog", "owl"]
         for label, points in enumerate(axes.collections):
             assert points.get_offsets().tolist() == [pytest.approx(point) for point in expected[label::3].tolist()]
+        shapes = [points.get_paths()[0].vertices.shape for points in axes.collections]
+        assert len(set(shapes)) > 1  # classes have markers, not colours alone
         assert axes.get_xlabel() == f"component 1 ({shares[0].item():.0%} of variance)"
     assert [axes.get_title() for axes in figure.axes] == ["linear", "e2vpt"]
 
@@ -340,6 +424,31 @@ def test_every_figure_can_be_written_and_none_needs_pyplot(
     model, inputs = adapt("dinov2")
     DRAWINGS[name](model, inputs).savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_every_figure_has_a_dark_variant(name: str) -> None:
+    with rc_context(DARK):
+        model, inputs = adapt("dinov2")
+        figure = DRAWINGS[name](model, inputs)
+        assert lightness(figure.get_facecolor()) < 0.1
+        words = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, *axes.texts)]
+        assert all(lightness(text.get_color()) > 0.3 for text in words if text.get_text())
+
+
+def lightness(colour: Any) -> float:
+    """Relative luminance, as the contrast of the Web Content Accessibility Guidelines counts it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("style", [{}, DARK], ids=["light", "dark"])
+def test_names_are_readable_on_their_ground(style: dict[str, str]) -> None:
+    with rc_context(style):
+        ground = 1.0 if not style else lightness(DARK["figure.facecolor"])
+        for colour in colours():
+            darker, lighter = sorted((ground, lightness(of_text(colour))))
+            assert (lighter + 0.05) / (darker + 0.05) >= 3, colour
 
 
 @pytest.mark.parametrize("name", DRAWINGS)

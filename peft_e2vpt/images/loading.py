@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""Labelled images for an adapter, from a folder or the Hub, and how many of them it gets right."""
+"""Batches of labelled images for an adapter, and how many of them it gets right."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ._compat import device_and_dtype
-from .evaluation import batches, no_trace
-from .hub.companion import are_generic
-from .pruning.quality import accuracy as correct
+from .._compat import device_and_dtype
+from ..evaluation import batches, no_trace
+from ..hub.companion import are_generic
+from ..pruning.quality import accuracy as correct
+from .reading import read_image
+from .splits import load_splits, undecoded
 
 
 class Images(NamedTuple):
@@ -40,7 +42,8 @@ def load_images(
     """Loads labelled images as batches of `pixel_values` and `labels`, the labels numbered as an adapter has them.
 
     Args:
-        name: a folder with a folder of images per class, or whatever else `datasets.load_dataset` takes.
+        name: a folder with a folder of images per class, or one of splits, or whatever else `datasets.load_dataset`
+            takes.
         labels: names of the classes of the adapter; `None`, or names such as `LABEL_0`, take the order of the dataset.
         processor: an image processor.
         batch_size: images in a batch.
@@ -52,27 +55,12 @@ def load_images(
         ImportError: `datasets` is not installed.
         ValueError: there is no such dataset, it has no labelled images, or its classes are unknown to the adapter.
     """
-    try:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-    except ImportError as error:
-        raise ImportError("Images are read with datasets: pip install datasets pillow.") from error
-    try:
-        splits = load_dataset(name)
-    except (DatasetsError, OSError) as error:
-        raise ValueError(f"The images {name} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if "train" not in splits:
-        raise ValueError(f"The images {name} have no split `train`, only {', '.join(splits)}.")
-    training = name_columns(splits["train"], name)
-    if "validation" in splits:
-        validation = name_columns(splits["validation"], name)
-    else:
-        parts = training.train_test_split(validation_share, stratify_by_column="label", seed=seed)
-        training, validation = parts["train"], parts["test"]
-    numbers = _numbers_of_labels(training.features["label"].names, labels)
+    splits = load_splits(name, validation_share=validation_share, seed=seed).splits
+    training, validation = splits["train"], splits["validation"]
+    numbers = numbers_of_labels(training.features["label"].names, labels)
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        images = [example["image"].convert("RGB") for example in examples]
+        images = [read_image(example["image"]) for example in examples]
         return {
             "pixel_values": processor(images=images, return_tensors="pt")["pixel_values"],
             "labels": torch.tensor([numbers[example["label"]] for example in examples]),
@@ -81,7 +69,7 @@ def load_images(
     def loader(dataset: Any) -> DataLoader[Any]:
         if max_samples is not None and max_samples < len(dataset):
             dataset = dataset.shuffle(seed=seed).select(range(max_samples))
-        return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
+        return DataLoader(undecoded(dataset), batch_size=batch_size, collate_fn=collate)
 
     return Images(loader(training), loader(validation))
 
@@ -97,32 +85,12 @@ def accuracy(model: nn.Module, dataloader: DataLoader[Any]) -> float:
     return right / count
 
 
-def name_columns(dataset: Any, name: str) -> Any:
-    """Names the column of images `image` and that of classes `label`, found by their types; drops all others.
-
-    Args:
-        dataset: a dataset of `datasets`.
-        name: what an error calls it.
+def numbers_of_labels(theirs: list[str], labels: list[str] | None) -> list[int]:
+    """The adapter's number of each class of a dataset.
 
     Raises:
-        ValueError: it has no such column.
+        ValueError: the adapter does not know a class.
     """
-    from datasets import ClassLabel, Image
-
-    found = {}
-    for title, kind in (("image", Image), ("label", ClassLabel)):
-        columns = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
-        if not columns:
-            raise ValueError(
-                f"The dataset {name} has no {kind.__name__} column, only {', '.join(dataset.features)}: a folder of "
-                "images needs one folder per class, FOLDER/CLASS/IMAGE.jpg, and two classes or more."
-            )
-        found[columns[0]] = title
-    return dataset.select_columns(list(found)).rename_columns(found)
-
-
-def _numbers_of_labels(theirs: list[str], labels: list[str] | None) -> list[int]:
-    """The adapter's number of each class of a dataset."""
     if labels is None or (are_generic(labels) and len(labels) == len(theirs)):
         return list(range(len(theirs)))
     unknown = [name for name in theirs if name not in labels]
