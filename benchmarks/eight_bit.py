@@ -26,25 +26,17 @@ import onnxruntime as ort
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import Trainer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.timing import take_turns
 from benchmarks.transfer import HEAD_LEARNING_RATE, Bench, cut
 from benchmarks.transfer_tasks import TASKS, Split
-from examples.finetune import (
-    ImageTrainer,
-    StandardisedLinear,
-    find_head_names,
-    fit_heads,
-    fit_linear,
-    make_heads_plain,
-    standardise_heads,
-)
 from examples.json_lines import append_line
 from examples.quantize_backbone import GRAPH, quantize
-from peft_e2vpt import E2VPTConfig
+from peft_e2vpt import E2VPTConfig, RecipeCallback
 from peft_e2vpt.export import AdapterBank, export_adapter, export_backbone
+from peft_e2vpt.training.probe import Labels, fit_probe
 
 
 Array = np.ndarray[Any, Any]
@@ -60,26 +52,20 @@ def train_adapter(bench: Bench, first_layer: int, learning_rate: float, seed: in
     """Trains an adapter with the recipe of the transfer suite; layers below it run once per image."""
     set_seed(seed)
     base = copy.deepcopy(bench.backbone)
-    heads = find_head_names(base)
-    standardise_heads(base, heads, len(bench.labels))
     layers = list(range(first_layer, len(base.dinov2.encoder.layer)))
     config = E2VPTConfig(visual_prompt_dropout=0.0, layers_to_transform=layers, seed=seed)
     model = get_peft_model(base, config)
     embeddings, all_layers = base.dinov2.embeddings, base.dinov2.encoder.layer
     cut(base, first_layer)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = ImageTrainer(
+        trainer = Trainer(
             model=model,
             args=bench.training_arguments(folder, learning_rate, seed, bench.args.epochs),
-            head_names=heads,
-            head_learning_rate=HEAD_LEARNING_RATE,
-            mirror=False,
             train_dataset=bench.inputs(first_layer)[0],
+            callbacks=[RecipeCallback(learning_rate, head_learning_rate=HEAD_LEARNING_RATE)],
         )
-        fit_heads(trainer)
         trainer.train()
     base.dinov2.embeddings, base.dinov2.encoder.layer = embeddings, all_layers
-    make_heads_plain(model)
     return model.eval().float()
 
 
@@ -113,13 +99,15 @@ class Graph:
 
 
 def probe(features: Array, labels: list[int], num_labels: int) -> nn.Linear:
-    """Fits a linear head as `fit_heads` does."""
-    found = torch.from_numpy(features)
-    head = StandardisedLinear(nn.Linear(found.shape[1], num_labels))
-    head.mean.copy_(found.mean(0))
-    head.variance.copy_(found.var(0))
-    fit_linear(head, (found - head.mean) / (head.variance + 1e-5).sqrt(), torch.tensor(labels), 0.1)
-    return head.plain().requires_grad_(False)
+    """Fits a linear head as `RecipeCallback` does."""
+    found = torch.from_numpy(features).double()
+    mean, scale = found.mean(0), (found.var(0) + 1e-5).rsqrt()
+    kind = Labels("classes", False, num_labels)
+    weight, bias = fit_probe((found - mean) * scale, torch.tensor(labels), kind, num_labels, 0.1)
+    head = nn.Linear(found.shape[1], num_labels).requires_grad_(False)
+    head.weight.copy_(weight * scale)
+    head.bias.copy_(bias - (weight * scale) @ mean)
+    return head
 
 
 def accuracy_of(logits: Array | Tensor, labels: list[int]) -> float:

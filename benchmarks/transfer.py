@@ -38,20 +38,13 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, TrainingArguments, set_seed
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.transfer_tasks import TASKS, Split
-from examples.finetune import (
-    ImageTrainer,
-    accuracy,
-    find_head_names,
-    fit_heads,
-    load_processor,
-    standardise_heads,
-)
+from examples.finetune import accuracy, find_head_names, load_processor
 from examples.json_lines import append_line, read_lines
-from peft_e2vpt import E2VPTConfig, PruneRewindCallback
+from peft_e2vpt import E2VPTConfig, PruneRewindCallback, RecipeCallback
 from peft_e2vpt.tuner.summary import count_parameters
 
 
@@ -192,25 +185,21 @@ class Bench:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         heads = find_head_names(model)
         cut(model, method.first_layer)
-        standardise_heads(model, heads, len(self.labels))
         model = tune(model, method, heads)
         callbacks = [] if method.pruning is None else [PruneRewindCallback(**method.pruning)]
         epochs = self.args.epochs if method.epochs is None else method.epochs
         train, validation, test = self.inputs(method.first_layer)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = ImageTrainer(
+            head_rate = learning_rate if method.kind == "linear" else HEAD_LEARNING_RATE
+            trainer = Trainer(
                 model=model,
                 args=self.training_arguments(folder, learning_rate, seed, epochs * (1 + len(callbacks))),
-                head_names=heads,
-                head_learning_rate=learning_rate if method.kind == "linear" else HEAD_LEARNING_RATE,
-                mirror=False,
                 train_dataset=train,
                 eval_dataset=validation,
                 compute_metrics=accuracy,
-                callbacks=callbacks,
+                callbacks=[RecipeCallback(learning_rate, head_learning_rate=head_rate), *callbacks],
             )
             wall, cpu = time.perf_counter(), time.process_time()
-            fit_heads(trainer)
             trainer.train()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             report = callbacks[0].report if callbacks else None

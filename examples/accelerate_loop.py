@@ -42,10 +42,13 @@ from transformers import get_cosine_schedule_with_warmup as cosine_schedule
 from peft_e2vpt import (
     E2VPTConfig,
     apply_gates,
+    create_e2vpt_optimizer,
+    fold_heads,
     prune,
     rewind,
     score_prompts,
     search_pruning,
+    start_heads,
     trained_tensors,
 )
 
@@ -65,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs", type=int, default=4, help="Epochs of each of the two trainings.")
     add("--batch_size", type=int, default=16, help="Images per process and forward pass.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Forward passes per optimizer step.")
-    add("--learning_rate", type=float, default=1e-3)
+    add("--learning_rate", type=float, default=2e-3, help="Of the prompts; the head has one of its own.")
     add("--weight_decay", type=float, default=1e-4)
     add("--mixed_precision", default="no", choices=["no", "bf16", "fp16"])
     add("--seed", type=int, default=0)
@@ -144,7 +147,7 @@ def train(model: nn.Module, dataset: Dataset, accelerator: Accelerator, args: ar
     """Trains what is trainable, with an optimizer and a schedule of its own, and returns the last loss."""
     loader = accelerator.prepare(DataLoader(dataset, args.batch_size, shuffle=True))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = create_e2vpt_optimizer(model, lr=args.learning_rate, weight_decay=args.weight_decay)
     num_steps = args.epochs * -(-len(loader) // args.gradient_accumulation_steps)
     schedule = cosine_schedule(optimizer, num_steps // 10, num_steps)
     optimizer = accelerator.prepare(optimizer)
@@ -188,9 +191,10 @@ def run(accelerator: Accelerator, args: argparse.Namespace) -> None:
         num_visual_prompts=args.num_visual_prompts, num_kv_prompts=args.num_kv_prompts, seed=args.seed
     )
     model = get_peft_model(base, config)
-    start = {name: tensor.to(accelerator.device) for name, tensor in trained_tensors(model).items()}
     before = model.prompt_summary()
     model = accelerator.prepare(model)
+    start_heads(model, share_of(training, accelerator, args), seed=args.seed)
+    start = trained_tensors(model)
 
     train(model, training, accelerator, args)
     accuracy_before = accuracy(model, validation, accelerator, args)
@@ -206,6 +210,7 @@ def run(accelerator: Accelerator, args: argparse.Namespace) -> None:
     rewind(model, start)
     train(model, training, accelerator, args)
 
+    fold_heads(model)
     adapted = accelerator.unwrap_model(model)
     after = adapted.prompt_summary()
     results = {

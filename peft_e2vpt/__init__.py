@@ -21,9 +21,13 @@ from .pruning.report import PruningReport
 from .pruning.rewinding import redraw, rewind, trained_tensors
 from .pruning.search import PruningSearch, search_pruning
 from .registration import register
+from .training.callback import RecipeCallback
+from .training.head_start import fold_heads, start_heads
+from .training.optimizer import create_e2vpt_optimizer, parameter_groups, warn_in_a_trainer
 from .tuner.config import E2VPTConfig
 from .tuner.layer import E2VPTLayer
 from .tuner.model import E2VPTModel
+from .tuner.prompt_layers import PromptLayers
 from .tuner.summary import PromptSummary
 from .version import __version__
 
@@ -31,6 +35,7 @@ from .version import __version__
 register(E2VPTConfig, E2VPTModel)
 keep_former_paths()
 E2VPTConfig.companion = AdapterCompanion()
+PromptLayers.when_training_begins = warn_in_a_trainer
 
 
 __all__ = [
@@ -46,10 +51,14 @@ __all__ = [
     "PruneRewindCallback",
     "PruningReport",
     "PruningSearch",
+    "RecipeCallback",
     "__version__",
     "apply_gates",
     "attention_maps",
+    "create_e2vpt_optimizer",
+    "fold_heads",
     "load",
+    "parameter_groups",
     "pipeline",
     "prompt_attention",
     "prune",
@@ -59,5 +68,6 @@ __all__ = [
     "rewind",
     "score_prompts",
     "search_pruning",
+    "start_heads",
     "trained_tensors",
 ]

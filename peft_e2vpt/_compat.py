@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import chain
 from types import FrameType, MethodType
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ __all__ = [
     "METHOD",
     "BufferDict",
     "ExcludedModule",
+    "NormWithStatistics",
     "Origin",
     "bring_back",
     "device_and_dtype",
@@ -54,6 +55,7 @@ __all__ = [
     "offload_device",
     "packed_weights",
     "peft_type",
+    "remove_hooks",
     "running_calls",
     "stops_gradients",
     "takes_processor",
@@ -162,6 +164,14 @@ def _packed_weights(layer: nn.Module) -> list[Tensor]:
     methods = [getattr(layer, name, None) for name in ("weight", "bias")]
     found = [method() for method in methods if isinstance(method, MethodType)]
     return [tensor for tensor in found if tensor is not None]
+
+
+def remove_hooks(module: nn.Module, functions: Container[Any]) -> None:
+    """Removes the forward and state-dict hooks that are among some functions; a copy of a module knows no handles."""
+    for hooks in (module._forward_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in functions:  # torch wraps some
+                del hooks[key]
 
 
 def has_packed_layers(module: nn.Module) -> bool:

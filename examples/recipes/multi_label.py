@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Recipe, backbone_name, load_processor, parse, run, sizes, standardise_head
-from finetune import make_heads_plain
+from common import Recipe, backbone_name, load_processor, parse, run, sizes
 from scenes import CLASSES, make_scene
 from torch import nn
 from transformers import AutoModelForImageClassification, EvalPrediction
@@ -40,14 +39,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     pixels = load_processor(args)
 
     def build_model() -> nn.Module:
-        model = AutoModelForImageClassification.from_pretrained(
+        return AutoModelForImageClassification.from_pretrained(
             backbone_name(args),
             problem_type="multi_label_classification",
             id2label=dict(enumerate(CLASSES)),
             label2id={name: index for index, name in enumerate(CLASSES)},
             ignore_mismatched_sizes=True,
         )
-        return standardise_head(model)
 
     splits = {}
     for part, count in sizes(args, train=400, validation=120, test=400).items():
@@ -57,7 +55,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             target[scene.labels] = 1
         images = pixels([scene.image for scene in scenes])
         splits[part] = [{"pixel_values": image, "labels": t} for image, t in zip(images, targets, strict=True)]
-    recipe = Recipe(build_model, splits, compute_metrics, ("mean_ap", "f1"), finish=make_heads_plain)
+    recipe = Recipe(build_model, splits, compute_metrics, ("mean_ap", "f1"), start_head=True)
     return run("multi_label", recipe, args)
 
 

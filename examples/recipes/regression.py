@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Recipe, backbone_name, load_processor, parse, run, sizes, standardise_head
-from finetune import make_heads_plain
+from common import Recipe, backbone_name, load_processor, parse, run, sizes
 from PIL import Image
 from solar_cells import find_data_folder
 from torch import nn
@@ -44,10 +43,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     pixels = load_processor(args)
 
     def build_model() -> nn.Module:
-        model = AutoModelForImageClassification.from_pretrained(
+        return AutoModelForImageClassification.from_pretrained(
             backbone_name(args), num_labels=1, problem_type="regression", ignore_mismatched_sizes=True
         )
-        return standardise_head(model)
 
     files, probabilities = read_cells()
     splits, start = {}, 0
@@ -56,7 +54,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         targets = torch.tensor(probabilities[start : start + count])
         splits[part] = [{"pixel_values": image, "labels": t} for image, t in zip(images, targets, strict=True)]
         start += count
-    recipe = Recipe(build_model, splits, compute_metrics, ("r2", "mean_error"), finish=make_heads_plain)
+    recipe = Recipe(build_model, splits, compute_metrics, ("r2", "mean_error"), start_head=True)
     return run("regression", recipe, args)
 
 

@@ -13,13 +13,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from ..training.callback import begin_recipes
+from ..training.optimizer import warn_of_small_rates
+from ..training.running import resumed_checkpoint, running_trainer, written_checkpoint
 from .arguments import PruningArguments
 from .optimizer_start import OptimizerStart, evaluated_values
 from .phases import prune_and_rewind
 from .preflight import check_run, find_boundary, try_phases
 from .report import REPORT_NAME, PruningReport
 from .run_state import TARGET_FILE, RunState
-from .running import resumed_checkpoint, running_trainer, written_checkpoint
 from .schedule import TwoPartSchedule
 
 
@@ -170,7 +172,9 @@ class PruneRewindCallback(PruningArguments, TrainerCallback, ExportableState):
                     f"The checkpoint cannot hold the {name} of PruneRewindCallback: leave "
                     "restore_callback_states_from_checkpoint at False, and the callback that was passed goes on."
                 )
+        begin_recipes(trainer)  # the head's start is part of what is rewound to
         adapter_name, layers = check_run(trainer, self)
+        warn_of_small_rates(trainer.model, trainer.optimizer)
         resumed = state.global_step > 0
         self._run.begin(trainer, adapter_name, resumed)
         self.report = None

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation import no_trace
+from ..training.trainer_data import scoring_batches, validation_batches
 from ..tuner.prompt_layers import visual_prompt_layers
 from ..tuner.summary import summarise
 from .arguments import PruningArguments
@@ -18,7 +19,6 @@ from .report import PruningReport
 from .rewinding import redraw, rewind
 from .run_state import RunState
 from .search import PruningSearch, search_pruning
-from .trainer_data import scoring_batches, validation_batches
 from .trainer_quality import quality_of
 
 

@@ -16,14 +16,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ..evaluation import no_trace
-from ..tuner.layer import DATA_PARALLEL, E2VPTLayer
-from ..tuner.prompt_layers import active_prompt_layers, visual_prompt_layers
-from .arguments import PruningArguments
-from .importance import score_prompts, zero_scores
-from .phases import choose, search_amounts
-from .quality import BatchQuality, ModelQuality
-from .rewinding import redraw, rewind, trained_tensors
-from .trainer_data import (
+from ..training.trainer_data import (
     PreparedBatches,
     has_share,
     is_stream,
@@ -31,6 +24,13 @@ from .trainer_data import (
     validation_batches,
     validation_dataset_of,
 )
+from ..tuner.layer import DATA_PARALLEL, E2VPTLayer
+from ..tuner.prompt_layers import active_prompt_layers, visual_prompt_layers
+from .arguments import PruningArguments
+from .importance import score_prompts, zero_scores
+from .phases import choose, search_amounts
+from .quality import BatchQuality, ModelQuality
+from .rewinding import redraw, rewind, trained_tensors
 from .trainer_quality import TrainerMetric, quality_of
 
 

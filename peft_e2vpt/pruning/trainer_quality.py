@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..training.trainer_data import OneBatch, validation_dataloader, validation_dataset_of
 from .quality import BatchQuality, Forward, ModelQuality, Quality, run
-from .trainer_data import OneBatch, validation_dataloader, validation_dataset_of
 
 
 if TYPE_CHECKING:

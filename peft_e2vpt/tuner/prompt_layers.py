@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class PromptLayers(OwnerOfHooks, nn.ModuleDict):
         insertions: where shallow prompts enter and leave the sequence, by adapter.
         classes: the classes of adapters that have their own.
     """
+
+    when_training_begins: ClassVar[Callable[[], None] | None] = None  # set where the whole package is imported
 
     def __init__(self, model: nn.Module, sites: list[AttentionSite]) -> None:
         super().__init__()
@@ -105,6 +107,9 @@ class PromptLayers(OwnerOfHooks, nn.ModuleDict):
             bring_back(self)
         if self.training and not self._has_trained:
             self._has_trained, self._first_pass = True, FirstPass(model, self)
+            notify = type(self).when_training_begins
+            if notify is not None:
+                notify()
 
     def _end_pass(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():

@@ -35,10 +35,18 @@ from transformers import (
 )
 
 import peft_e2vpt
-from peft_e2vpt import PruneRewindCallback, requirements, score_prompts, search_pruning, trained_tensors
+from peft_e2vpt import (
+    PruneRewindCallback,
+    RecipeCallback,
+    requirements,
+    score_prompts,
+    search_pruning,
+    trained_tensors,
+)
 from peft_e2vpt.backbones.sites import find_attention_sites
 from peft_e2vpt.images import check_images, find_images, load_splits
 from peft_e2vpt.pruning.callback import TARGET_FILE
+from peft_e2vpt.training.callback import HEADS_FILE
 from tests.cli.conftest import draw_images
 from tests.support import zoo_checks as checks
 from tests.support.adapted import checkpoint_activations, config_of
@@ -196,11 +204,6 @@ def endless_expression() -> None:
 @under("The name of an adapter is a path")
 def adapter_name_is_a_path() -> None:
     adapted(adapter_name="runs/flowers")
-
-
-@under("The name of an adapter is a part of the path of a module")
-def adapter_name_is_a_number() -> None:
-    adapted().add_adapter("1", config_of())
 
 
 @under("A name in `modules_to_save` is the ending of several modules")
@@ -601,6 +604,14 @@ def incomplete_checkpoint() -> None:
     train(PruneRewindCallback(**HALF), **SAVED)
     (HERE / "checkpoint-1" / TARGET_FILE).unlink()
     trainer_for(HERE, PruneRewindCallback(**HALF), **SAVED).train(resume_from_checkpoint="checkpoint-1")
+
+
+@under("The checkpoint misses the head as it learns")
+def checkpoint_without_head() -> None:
+    trainer_for(HERE, None, callbacks=(RecipeCallback(),), **SAVED).train()
+    (HERE / "checkpoint-1" / HEADS_FILE).unlink()
+    again = trainer_for(HERE, None, callbacks=(RecipeCallback(),), **SAVED)
+    again.train(resume_from_checkpoint="checkpoint-1")
 
 
 @under("The values to rewind to are those of another step")

@@ -147,39 +147,6 @@ def test_attention_maps_can_be_drawn_of_files(finished, images):
     assert batch["pixel_values"].shape == (2, 3, 64, 64)
 
 
-def test_standardised_head_becomes_the_same_plain_head():
-    import finetune as script
-
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(6, 3))
-    script.standardise_heads(model, ["1"], num_labels=3)
-    features = 50 + torch.randn(32, 6)
-    for _ in range(5):
-        model(features)
-    assert not torch.equal(model[1].mean, torch.zeros(6))
-    expected = model.eval()(features)
-
-    script.make_heads_plain(model)
-    assert type(model[1]) is torch.nn.Linear
-    torch.testing.assert_close(model(features), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_head_and_prompts_have_their_own_learning_rates(tiny_vit, tmp_path):
-    import finetune as script
-
-    base = script.load_base_model(str(tiny_vit), ["dark", "bright"])
-    heads = script.find_head_names(base)
-    model = script.prepare_model("e2vpt", base, script.ModelArguments())
-    args = script.RecipeArguments(output_dir=str(tmp_path), learning_rate=0.5, use_cpu=True)
-    trainer = script.ImageTrainer(model, args, head_names=heads, head_learning_rate=0.25)
-    rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
-
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {name: rates[id(parameter)] for name, parameter in trained.items()} == {
-        name: 0.5 if "e2vpt_" in name else 0.25 for name in trained
-    }
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -34,7 +34,7 @@ from tests.support.processes import launch, torchrun
 from tests.support.sharded_worker import assert_same_run
 from tests.support.sharded_worker import run as sharded_run
 from tests.support.training import HALF, Images, adapted, assert_same_bits
-from tests.support.worker import run, scores_and_search, sharded
+from tests.support.worker import heads, recipe, run, scores_and_search, sharded
 
 
 pytestmark = pytest.mark.processes
@@ -118,6 +118,25 @@ def test_a_resumed_run_equals_the_straight_run_to_the_bit(ranks: Ranks, step: in
         assert resumed["report"] == straight["report"]
         assert resumed["history"] == straight["history"]
     assert ranks[0]["straight"]["report"].num_scored_samples == 21
+
+
+@pytest.mark.parametrize("kind", ["heads", "sharded heads"])
+def test_heads_start_as_in_one_process(ranks: Ranks, kind: str) -> None:
+    alone = heads(0, 1, shard=False)
+    for rank in ranks:
+        assert rank[kind]["start"] == alone["start"] and alone["start"].num_samples == 21
+        assert_same_bits(rank[kind]["trained"], ranks[0][kind]["trained"])
+        for name, tensor in alone["trained"].items():  # the fit ends where its line search does
+            torch.testing.assert_close(rank[kind]["trained"][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_with_the_recipe_is_that_of_one_process(ranks: Ranks, tmp_path: Path) -> None:
+    alone = recipe(tmp_path, 1)
+    assert_same_bits(ranks[1]["recipe"]["state"], ranks[0]["recipe"]["state"])
+    for name, tensor in alone["state"].items():
+        torch.testing.assert_close(ranks[0]["recipe"]["state"][name], tensor, rtol=1e-4, atol=1e-5)
+    for rank in ranks:
+        assert_same_bits(rank["recipe resumed"]["state"], rank["recipe"]["state"])
 
 
 def test_prompts_may_all_be_pruned_under_ddp(ranks: Ranks) -> None:

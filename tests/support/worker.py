@@ -22,13 +22,17 @@ from transformers import Trainer
 
 from peft_e2vpt import (
     PruneRewindCallback,
+    RecipeCallback,
     apply_gates,
+    fold_heads,
     prune,
     rewind,
     score_prompts,
     search_pruning,
+    start_heads,
     trained_tensors,
 )
+from peft_e2vpt.training.head_start import trained_layers
 from tests.support.training import HALF, Images, Watch, adapted, history_of, state_of, trainer_for
 
 
@@ -104,6 +108,25 @@ def sharded(rank: int, size: int) -> dict[str, Any]:
     }
 
 
+def heads(rank: int, size: int, shard: bool) -> dict[str, Any]:
+    """What trains after `start_heads`; the first process has more images than the second."""
+    model = adapted("swin", dtype=torch.float64, visual_prompt_dropout=0.0)
+    if shard and size > 1:
+        mesh = init_device_mesh("cpu", (size,))
+        for layer in trained_layers(model).values():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    start = start_heads(model, shares(PLAIN["train_dataset"], rank, size))
+    fold_heads(model)
+    return {"start": start, "trained": trained_tensors(model)}
+
+
+def recipe(folder: Path, processes: int, resume: int | None = None) -> dict[str, Any]:
+    """A pruned run whose head starts as a linear probe."""
+    pruning = PruneRewindCallback(**HALF)
+    return run(folder, processes, pruning, resume, callbacks=(RecipeCallback(),), **SAVING)
+
+
 def run(
     folder: Path,
     processes: int,
@@ -149,6 +172,10 @@ def main(out: Path) -> None:
         dist.barrier()
         callback = PruneRewindCallback(**HALF)
         found[f"resumed{step}"] = run(out / "straight", 2, callback, step, dropout=0.1, **SAVING)
+    found["heads"], found["sharded heads"] = heads(rank, 2, shard=False), heads(rank, 2, shard=True)
+    found["recipe"] = recipe(out / "recipe", 2)
+    dist.barrier()
+    found["recipe resumed"] = recipe(out / "recipe", 2, 5)
     bare = PruneRewindCallback(5, "steps", prune_tokens=1.0, min_tokens=0)
     found["bare"] = run(out / "bare", 2, bare, max_steps=8)
     torch.save(found, out / f"rank{rank}.pt")

@@ -7,6 +7,7 @@ Paths that a checkpoint holds are wrong once its folder has moved, so they are a
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,19 +18,28 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+def trainer_around() -> Trainer | None:
+    """The `Trainer` in one of whose calls the program is, `None` where it is in none."""
+    module = sys.modules.get("transformers.trainer")  # it brings datasets and pandas: imported by who uses one
+    if module is None:
+        return None
+    for call in running_calls():
+        if isinstance(call.f_locals.get("self"), module.Trainer):
+            trainer: Trainer = call.f_locals["self"]
+            return trainer
+    return None
+
+
 def running_trainer() -> Trainer:
     """Finds the `Trainer` whose event is being handled.
 
     Raises:
         RuntimeError: there is none.
     """
-    from transformers import Trainer  # brings datasets and pandas, which importing this package does not need
-
-    for call in running_calls():
-        if isinstance(call.f_locals.get("self"), Trainer):
-            trainer: Trainer = call.f_locals["self"]
-            return trainer
-    raise RuntimeError("PruneRewindCallback works inside Trainer.train(): pass it as Trainer(callbacks=[...]).")
+    trainer = trainer_around()
+    if trainer is None:
+        raise RuntimeError("A callback of this package works inside a Trainer: pass it as Trainer(callbacks=[...]).")
+    return trainer
 
 
 def resumed_checkpoint(trainer: Trainer) -> Path:
@@ -43,7 +53,7 @@ def resumed_checkpoint(trainer: Trainer) -> Path:
         if call.f_locals.get("self") is trainer and isinstance(folder, (str, os.PathLike)):
             return Path(folder)
     raise RuntimeError(
-        f"Training begins at step {trainer.state.global_step}, but from no checkpoint that PruneRewindCallback can "
+        f"Training begins at step {trainer.state.global_step}, but from no checkpoint that its callbacks can "
         "find: pass its folder to trainer.train(resume_from_checkpoint=...)."
     )
 

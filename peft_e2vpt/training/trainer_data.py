@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,14 +83,17 @@ def _batch_sampler_of(dataloader: Any) -> Any:
     return getattr(sampler, "batch_sampler", sampler)
 
 
-def _share_of(trainer: Trainer, dataloader: Any) -> DataLoader[Any]:
+def _share_of(trainer: Trainer, dataloader: Any, indices: Sequence[int] | None = None) -> DataLoader[Any]:
     """Reads this process's share of the dataset behind a dataloader, in order, without padding and to the end.
+
+    With `indices`, its share of those.
 
     An incomplete batch at the end is left out where the dataloader drops it and it cannot be collated: a function that
     mixes images in pairs refuses an odd one.
     """
     args, dataset, collate = trainer.args, dataloader.dataset, dataloader.collate_fn
-    share = Subset(dataset, range(args.process_index, len(dataset), args.world_size))
+    indices = range(len(dataset)) if indices is None else indices
+    share = Subset(dataset, indices[args.process_index :: args.world_size])
     batch_sampler = _batch_sampler_of(dataloader)
     size = batch_sampler.batch_size
     tail = range(len(share) - len(share) % size, len(share))
@@ -136,6 +139,20 @@ def scoring_batches(trainer: Trainer, score_dataset: Any = None) -> PreparedBatc
         dataloader = trainer.get_test_dataloader(score_dataset)  # not kept, as that of an evaluation set may be
     if has_share(dataloader):
         dataloader = _share_of(trainer, dataloader)
+    return _prepared(trainer, dataloader)
+
+
+def training_batches(trainer: Trainer, max_samples: int) -> PreparedBatches:
+    """Samples of the training set, in the batches of training: all, or so many drawn with the seed of the run.
+
+    A stream, or a dataloader that a user has made in another way, is read as it is.
+    """
+    dataloader = trainer.callback_handler.train_dataloader
+    if has_share(dataloader):
+        count = len(dataloader.dataset)
+        generator = torch.Generator().manual_seed(trainer.args.seed)
+        drawn = torch.randperm(count, generator=generator)[:max_samples].sort().values
+        dataloader = _share_of(trainer, dataloader, drawn.tolist())
     return _prepared(trainer, dataloader)
 
 
