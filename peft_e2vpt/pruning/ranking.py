@@ -288,12 +288,11 @@ def prune_to_percentage(
     visual = sum(int(layer.kept(adapter_name).sum()) for layer in layers)
     fixed = summary.num_tuned_values - visual  # head and key-value prompts
     ratio = max_tuned_percentage / 100.0
-    budget = int(ratio / (1.0 - ratio) * summary.num_backbone_values) - fixed
+    budget = int(ratio / (1.0 - ratio) * summary.num_frozen_values) - fixed
     widths = [layer.site.width for layer in layers]
     least = prune(scores, 1.0, 1.0, min_tokens=min_tokens, min_segments=min_segments).num_values(widths)
     if budget < least:
-        backbone = summary.num_backbone_values
-        alone, lowest = (100.0 * values / (values + backbone) for values in (fixed, fixed + least))
+        alone, lowest = (summary.percentage_of(values) for values in (fixed, fixed + least))
         raise ValueError(
             f"max_tuned_percentage={max_tuned_percentage} is too small: head and key-value prompts alone take "
             f"{alone:.3f} % of the model, and with at least {min_tokens} visual prompts a layer and {min_segments} "

@@ -809,7 +809,7 @@ def test_the_search_reads_the_set_that_was_passed(tmp_path: Path) -> None:
 def test_a_budget_is_kept_and_used(name: str, tmp_path: Path) -> None:
     model = adapted(name)
     summary = model.prompt_summary()
-    lowest = 100 * (summary.num_tuned_values - 300) / (summary.num_tuned_values - 300 + summary.num_backbone_values)
+    lowest = summary.percentage_of(summary.num_tuned_values - 300)
     callback = PruneRewindCallback(max_tuned_percentage=lowest)
     trainer_for(tmp_path, callback, model).train()
     report = callback.report
