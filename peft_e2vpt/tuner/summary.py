@@ -49,8 +49,8 @@ class PromptSummary:
     """Prompts and trained parameters of one adapter, counted with the head and without pruned values.
 
     This is the one definition of what is trained and of its percentage, which tables, logs, cards and the command line
-    show. It is `PeftModel.get_nb_trainable_parameters()` of a model with this adapter alone, but for pruned values: they
-    keep their place in the tensors of a model, so PEFT goes on counting them.
+    show. It is `PeftModel.get_nb_trainable_parameters()` of a model with this adapter alone, but for pruned values:
+    they keep their place in the tensors of a model, so PEFT goes on counting them.
 
     Attributes:
         layers: one `PromptCount` per adapted self-attention.
@@ -101,8 +101,8 @@ class PromptSummary:
         )
         if self.num_pruned_values:
             lines.append(
-                f"{self.num_pruned_values:,} pruned values are not among them; PEFT's print_trainable_parameters() goes "
-                "on counting them."
+                f"{self.num_pruned_values:,} pruned values are not among them; PEFT's print_trainable_parameters() "
+                "goes on counting them."
             )
         return "\n".join(lines)
 
