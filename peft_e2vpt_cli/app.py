@@ -12,18 +12,19 @@ import typer
 
 from .card import card
 from .convert import convert
+from .evaluate import evaluate
 from .inspect import inspect
 from .prune import prune
 
 
 app = typer.Typer(
-    help="Inspect, prune and convert E2VPT adapters, and write their model cards.",
+    help="Inspect, evaluate, prune and convert E2VPT adapters, and write their model cards.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, prune, convert, card):
+for command in (inspect, evaluate, prune, convert, card):
     app.command()(command)
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .files import CARD_NAME, find_file
-from .messages import with_models
+from .files import CARD_MARKER, CARD_NAME, find_file
+from .messages import errors_in_one_sentence, with_models
 from .options import Adapter, Base, Revision, Subfolder
 
 
@@ -26,7 +28,13 @@ def card(
     base: Base = None,
     write: Annotated[bool, typer.Option("--write", help="Write README.md into the folder of the adapter.")] = False,
 ) -> None:
-    """Print the model card of a saved adapter, or write it. Results of an earlier card are kept."""
+    """Print the model card of a saved adapter, or write it anew. Results of an earlier card are kept."""
+    if not write and base is None:
+        with errors_in_one_sentence():
+            stored = _stored_card(adapter, revision, subfolder)
+        if stored is not None:
+            print(stored)
+            return
     with with_models():
         if write and not Path(adapter).is_dir():
             raise ValueError(f"{adapter} is no folder to write a card into; peft_e2vpt.push_to_hub uploads one.")
@@ -35,6 +43,25 @@ def card(
             _write_card(adapter, revision, subfolder, base, folder)
             text = f"Wrote {folder / CARD_NAME}." if write else (folder / CARD_NAME).read_text(encoding="utf-8")
         print(text)
+
+
+def _stored_card(adapter: str, revision: str | None, subfolder: str | None) -> str | None:
+    """The card beside an adapter where it is the one that would be made, so that no library for models is imported.
+
+    It is if this package has written it, about as many parameters as the adapter has now, at the place where it lies.
+    """
+    from .content import inspect_adapter
+
+    if inspect_adapter(adapter, revision=revision, subfolder=subfolder).tuned_percentage is None:
+        return None
+    path = find_file(adapter, CARD_NAME, revision, subfolder)
+    text = path.read_text(encoding="utf-8")
+    named = re.search(r'(?:load|from_pretrained)\((?:model, )?"((?:[^"\\]|\\.)*)"', text)
+    if CARD_MARKER not in text or named is None:
+        return None
+    place = json.loads(f'"{named[1]}"')
+    is_here = place == adapter or (Path(adapter).is_dir() and Path(place).resolve() == path.resolve().parent)
+    return text if is_here else None
 
 
 def _write_card(adapter: str, revision: str | None, subfolder: str | None, base: str | None, folder: Path) -> None:

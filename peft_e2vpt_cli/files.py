@@ -7,6 +7,9 @@ Names and numbers are those of PEFT and of `peft_e2vpt`, whose import would take
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
 METADATA_KEY = "e2vpt"
+CARD_MARKER = "<!-- Written by peft_e2vpt, and anew with every save. Remove this line to keep what you change. -->"
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -56,6 +60,27 @@ def find_file(where: str, name: str, revision: str | None = None, subfolder: str
         raise ValueError(missing) from error
 
 
+def adapters_below(folder: Path) -> list[Path]:
+    """The folders with adapters inside a folder, at any depth, as a training run leaves them.
+
+    Hidden folders, and those that may not be read, are passed over.
+    """
+    return sorted(_with_configs(folder), key=lambda path: _in_order(path.relative_to(folder).as_posix()))
+
+
+def _with_configs(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if CONFIG_NAME in names and Path(place) != folder:
+            yield Path(place)
+
+
+def _in_order(text: str) -> list[tuple[bool, int, str]]:
+    """What sorts names as people do: checkpoint-9 before checkpoint-10."""
+    parts = (part for part in re.split(r"(\d+)", text) if part)
+    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
 def read_config(where: str, revision: str | None = None, subfolder: str | None = None) -> dict[str, Any]:
     """What `adapter_config.json` says.
 
@@ -83,6 +108,15 @@ def read_config(where: str, revision: str | None = None, subfolder: str | None =
     if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
         raise ValueError(f"{path}: labels must be None or a list of names.")
     return config
+
+
+def read_method(folder: Path) -> str:
+    """The method of the adapter in a folder as PEFT calls it, empty if its configuration does not say."""
+    try:
+        method = json.loads(Path(folder, CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
+    except (ValueError, AttributeError, RecursionError, OSError):
+        return ""
+    return method if isinstance(method, str) else ""
 
 
 def damaged(path: Path, error: Exception) -> str:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .files import printable
-from .messages import errors_in_one_sentence, with_models
+from .files import CONFIG_NAME, METHOD, adapters_below, printable, read_method
+from .messages import errors_in_one_sentence, print_table, with_models
 from .options import Adapter, Revision, Subfolder
 
 
@@ -33,7 +34,15 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what is in an adapter. Reads its own files only, not those of its base model."""
+    """Show what is in an adapter, or which adapters are in the folder of a run.
+
+    Reads files of adapters only, not those of their base model.
+    """
+    folder = Path(adapter, subfolder or "")
+    inside = adapters_below(folder) if folder.is_dir() else []
+    if inside and not (folder / CONFIG_NAME).is_file():
+        _list_run(adapter, folder, inside, as_json)
+        return
     with errors_in_one_sentence():
         from .content import inspect_adapter
 
@@ -45,6 +54,53 @@ def inspect(
         print(json.dumps({**content.as_dict(), "tuned_percentage": percentage}, indent=2))
     else:
         _show(adapter, content, percentage, source)
+        if inside:
+            names = ", ".join(printable(path.relative_to(folder).as_posix()) for path in inside)
+            print(f"\nFurther adapters inside: {names}.")
+
+
+def _list_run(title: str, folder: Path, adapters: list[Path], as_json: bool) -> None:
+    """Prints a line for every adapter in a folder; one that is damaged is named and does not hide the others."""
+    entries = [{"adapter": path.relative_to(folder).as_posix(), **_entry(path)} for path in adapters]
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    table = [["adapter", "method", "prompts", "segments", "kv prompts", "parameters", "% of the model"]]
+    for entry in entries:
+        percentage, parameters = entry.get("tuned_percentage"), entry.get("tuned_values")
+        cells = [entry["adapter"], entry["method"] or "unknown"]
+        cells += [entry.get(name, "") for name in ("visual_prompts", "segments", "kv_prompts")]
+        cells += ["" if parameters is None else f"{parameters:,}", "" if percentage is None else f"{percentage:.3f}"]
+        table.append([printable(cell) for cell in cells])
+    count = f"{len(adapters)} adapters" if len(adapters) > 1 else "1 adapter"
+    print(f"{printable(title)}: {count}; peft-e2vpt inspect {Path(title) / 'ADAPTER'} shows one\n")
+    print_table(table, left=2)
+    for entry in entries:
+        if "error" in entry:
+            print(f"\n{printable(entry['adapter'])}: {printable(entry['error'])}")
+
+
+def _entry(folder: Path) -> dict[str, Any]:
+    """What the line of an adapter says, summed over its layers; of another method only its name."""
+    from .content import inspect_adapter
+
+    method = read_method(folder)
+    if method and method != METHOD:
+        return {"method": method}
+    try:
+        content = inspect_adapter(folder)
+    except (ValueError, OSError) as error:
+        return {"method": method, "error": str(error)}
+    return {
+        "method": method,
+        "base_model": content.config.get("base_model_name_or_path"),
+        "labels": content.config.get("labels"),
+        "visual_prompts": sum(layer.num_visual_prompts for layer in content.layers),
+        "segments": sum(layer.num_segments for layer in content.layers),
+        "kv_prompts": sum(layer.num_kv_prompts for layer in content.layers),
+        "tuned_values": content.num_tuned_values,
+        "tuned_percentage": content.tuned_percentage,
+    }
 
 
 def _percentage_of(adapter: str, revision: str | None, subfolder: str | None, base: str) -> float:

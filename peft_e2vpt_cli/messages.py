@@ -12,6 +12,38 @@ import typer
 from .files import printable
 
 
+# what an error advises a program to pass, as the command line has it
+IN_OPTIONS = {
+    "lower num_kv_prompts, min_tokens or min_segments": "lower --min-tokens or --min-segments",
+    "pass base_model=...": "pass --base MODEL",
+    "pass token=...": "set HF_TOKEN",
+    "max_tuned_percentage=": "--max-tuned-percentage ",
+}
+
+
+def as_options(text: str) -> str:
+    """A message of the package in the words of the command line."""
+    for argument, option in IN_OPTIONS.items():
+        text = text.replace(argument, option)
+    return text
+
+
+def print_table(rows: list[list[str]], left: int = 1) -> None:
+    """Prints columns that are never cut, so that narrow terminals break lines and other programs can read them.
+
+    Args:
+        rows: the cells of each row; the first row holds the titles.
+        left: how many columns are aligned to the left; the others, numbers, are to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
 @contextmanager
 def errors_in_one_sentence() -> Iterator[None]:
     """Prints an error that users can mend as one sentence and exits with code 1; others keep their traceback."""
@@ -20,7 +52,7 @@ def errors_in_one_sentence() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        typer.echo(f"Error: {printable(' '.join(str(error).split()))}", err=True)
+        typer.echo(f"Error: {printable(as_options(' '.join(str(error).split())))}", err=True)
         raise typer.Exit(1) from error
 
 

@@ -12,6 +12,11 @@ from .files import CONFIG_NAME
 
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder, or a repository on the Hub.")]
+Adapters = Annotated[
+    list[str],
+    typer.Argument(metavar="ADAPTER...", help="Folders, or repositories on the Hub; or a run."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images in a forward pass.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
 Subfolder = Annotated[str | None, typer.Option(help="Where in the repository or folder the adapter lies.")]
 Base = Annotated[str | None, typer.Option(help="The base model, if it is not the one that the adapter names.")]

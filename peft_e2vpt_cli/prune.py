@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .classifiers import load_classifier
 from .messages import with_models
-from .options import Adapter, Base, Output, Revision, Subfolder, refuse_taken
+from .options import Adapter, Base, BatchSize, Output, Revision, Subfolder, refuse_taken
 
 
 if TYPE_CHECKING:
@@ -39,10 +40,12 @@ def prune(
         float | None,
         typer.Option(help="Instead of amounts: trained parameters in percent of the model, head included."),
     ] = None,
+    min_tokens: Annotated[int, typer.Option(min=1, help="Prompts that stay in every layer at least.")] = 1,
+    min_segments: Annotated[int, typer.Option(min=1, help="Segments that stay in every prompt at least.")] = 4,
     revision: Revision = None,
     subfolder: Subfolder = None,
     base: Base = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a forward pass.")] = 32,
+    batch_size: BatchSize = 32,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Images of a split to use, by default all.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of what is drawn from the images.")] = 0,
 ) -> None:
@@ -56,7 +59,8 @@ def prune(
         refuse_taken(output)
         trained = _prepare(adapter, data, revision, subfolder, base, batch_size, max_samples, seed)
         measured = _measure(trained)
-        gates, search = _choose(trained, measured.scores, amounts, max_tuned_percentage)
+        bounds = {"min_tokens": min_tokens, "min_segments": min_segments}
+        gates, search = _choose(trained, measured.scores, amounts, max_tuned_percentage, bounds)
         pruned = _apply_and_save(trained, measured, gates, search, output, base)
         _show(trained, measured, pruned, search, output)
 
@@ -102,33 +106,11 @@ def _prepare(
     max_samples: int | None,
     seed: int,
 ) -> _Trained:
-    from peft_e2vpt import load
     from peft_e2vpt.images import load_images
 
-    model = load(adapter, revision=revision, subfolder=subfolder, base_model=base)
-    config = model.peft_config["default"]
-    processor = _processor_of(adapter, revision, subfolder, base or config.base_model_name_or_path)
-    images = load_images(data, config.labels, processor, batch_size=batch_size, max_samples=max_samples, seed=seed)
+    model, labels, processor = load_classifier(adapter, revision, subfolder, base)
+    images = load_images(data, labels, processor, batch_size=batch_size, max_samples=max_samples, seed=seed)
     return _Trained(model, processor, images)
-
-
-def _processor_of(adapter: str, revision: str | None, subfolder: str | None, base: str | None) -> Any:
-    """The image processor beside an adapter, else that of its base model."""
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(
-            adapter, revision=revision or "main", subfolder=subfolder or "", trust_remote_code=False
-        )
-    except OSError:
-        pass  # most adapters are saved without one
-    try:
-        return AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(
-            f"Neither the adapter {adapter} nor its base model {base} has an image processor: save one beside the "
-            "adapter with processor.save_pretrained(...)."
-        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ measure, then choose
@@ -151,7 +133,11 @@ def _measure(trained: _Trained) -> _Measured:
 
 
 def _choose(
-    trained: _Trained, scores: ImportanceScores, amounts: Amounts | None, max_tuned_percentage: float | None
+    trained: _Trained,
+    scores: ImportanceScores,
+    amounts: Amounts | None,
+    max_tuned_percentage: float | None,
+    bounds: dict[str, int],
 ) -> tuple[Gates, PruningSearch | None]:
     """What to keep: by amounts, within a budget, or what is best on the validation images."""
     from peft_e2vpt import search_pruning
@@ -159,11 +145,11 @@ def _choose(
 
     search = None
     if amounts is not None:
-        gates = ranking.prune(scores, *amounts)
+        gates = ranking.prune(scores, *amounts, **bounds)
     elif max_tuned_percentage is not None:
-        gates = ranking.prune_to_percentage(trained.model, scores, max_tuned_percentage)
+        gates = ranking.prune_to_percentage(trained.model, scores, max_tuned_percentage, **bounds)
     else:
-        search = search_pruning(trained.model, scores, trained.images.validation)
+        search = search_pruning(trained.model, scores, trained.images.validation, **bounds)
         gates = search.gates
     return gates & ranking.current_gates(trained.model), search
 

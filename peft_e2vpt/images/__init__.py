@@ -7,25 +7,31 @@
 | `folders` | which split and class each file belongs to |
 | `splits` | datasets of them, every image read once before training |
 | `loading` | batches for an adapter, and how many of them it gets right |
+| `results` | how many images of each class it gets right |
 """
 
 from .folders import FolderImages, find_images
 from .loading import Images, accuracy, load_images
 from .reading import as_rgb, read_image
+from .results import ClassResults, TestImages, find_test_images, measure
 from .splits import Checked, LabelledImages, check_images, load_splits, name_columns, with_validation
 
 
 __all__ = [
     "Checked",
+    "ClassResults",
     "FolderImages",
     "Images",
     "LabelledImages",
+    "TestImages",
     "accuracy",
     "as_rgb",
     "check_images",
     "find_images",
+    "find_test_images",
     "load_images",
     "load_splits",
+    "measure",
     "name_columns",
     "read_image",
     "with_validation",

@@ -57,7 +57,7 @@ def load_images(
     """
     splits = load_splits(name, validation_share=validation_share, seed=seed).splits
     training, validation = splits["train"], splits["validation"]
-    numbers = _numbers_of_labels(training.features["label"].names, labels)
+    numbers = numbers_of_labels(training.features["label"].names, labels)
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = [read_image(example["image"]) for example in examples]
@@ -85,8 +85,12 @@ def accuracy(model: nn.Module, dataloader: DataLoader[Any]) -> float:
     return right / count
 
 
-def _numbers_of_labels(theirs: list[str], labels: list[str] | None) -> list[int]:
-    """The adapter's number of each class of a dataset."""
+def numbers_of_labels(theirs: list[str], labels: list[str] | None) -> list[int]:
+    """The adapter's number of each class of a dataset.
+
+    Raises:
+        ValueError: the adapter does not know a class.
+    """
     if labels is None or (are_generic(labels) and len(labels) == len(theirs)):
         return list(range(len(theirs)))
     unknown = [name for name in theirs if name not in labels]

@@ -36,7 +36,7 @@ def test_results_are_read_back_from_the_metadata_of_a_card(in_place: Path, tmp_p
     )
     row = f"| accuracy | {result.metric_value:.4g} |"
     card.write_text(card.read_text().replace(row, ""))
-    assert row in succeed("card", tmp_path / "p")
+    assert "Wrote" in succeed("card", tmp_path / "p", "--write") and row in card.read_text()
 
 
 def test_card_needs_the_config_of_the_base_model_only(in_place: Path, tmp_path: Path) -> None:

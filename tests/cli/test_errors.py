@@ -35,7 +35,7 @@ from tests.support.command_line import fail
         (["prune", "adapter", "--data", "others", "--output", "new"], "classes that the adapter does not know: cat"),
         (
             ["prune", "adapter", "--data", "images", "--output", "new", "--max-tuned-percentage", "0.1"],
-            "max_tuned_percentage=0.1 is too small: head and key-value prompts alone take",
+            "--max-tuned-percentage 0.1 is too small: head and key-value prompts alone take",
         ),
         (
             ["prune", "adapter", "--data", "p", "--output", "n", "--tokens", "1", "--max-tuned-percentage", "1"],

@@ -120,3 +120,44 @@ def test_the_first_half_of_a_file_is_refused(in_place: Path, tmp_path: Path) -> 
     path = tmp_path / "a" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert "adapter_model.safetensors is damaged: " in fail("inspect", tmp_path / "a")
+
+
+# --------------------------------------------------------------------------------------------------------- a whole run
+@pytest.fixture
+def a_run(in_place: Path, tmp_path: Path) -> Path:
+    for name in ("e2vpt", "e2vpt/checkpoint-9", "e2vpt/checkpoint-10", "broken"):
+        shutil.copytree(in_place / "adapter", tmp_path / "run" / name)
+    (tmp_path / "run" / "lora").mkdir()
+    (tmp_path / "run" / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "run" / "linear").mkdir()
+    (tmp_path / "run" / "broken" / "adapter_model.safetensors").write_bytes(b"")
+    return tmp_path / "run"
+
+
+def test_the_adapters_of_a_run_are_listed(a_run: Path) -> None:
+    lines = succeed("inspect", a_run).splitlines()
+    content = inspect_adapter(a_run / "e2vpt")
+    assert "5 adapters" in lines[0]
+    cells = [line.split() for line in lines[2:]]
+    assert [row[0] for row in cells[1:6]] == ["broken", "e2vpt", "e2vpt/checkpoint-9", "e2vpt/checkpoint-10", "lora"]
+    assert cells[2][1:] == [
+        "E2VPT",
+        "12",
+        "96",
+        "6",
+        f"{content.num_tuned_values:,}",
+        f"{content.tuned_percentage:.3f}",
+    ]
+    assert cells[5][1:] == ["LORA"]
+    assert lines[-1].startswith("broken: ") and "adapter_model.safetensors is damaged" in lines[-1]
+
+
+def test_the_adapters_of_a_run_are_listed_as_json(a_run: Path) -> None:
+    told = {entry["adapter"]: entry for entry in json.loads(succeed("inspect", a_run, "--json"))}
+    assert told["e2vpt"]["labels"] == COLOURS and told["lora"] == {"adapter": "lora", "method": "LORA"}
+    assert "damaged" in told["broken"]["error"]
+
+
+def test_adapters_inside_of_an_adapter_are_named(a_run: Path) -> None:
+    assert "Further adapters inside: checkpoint-9, checkpoint-10." in succeed("inspect", a_run / "e2vpt")
+    assert "Further adapters" not in succeed("inspect", a_run / "e2vpt" / "checkpoint-9")

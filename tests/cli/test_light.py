@@ -30,9 +30,9 @@ def test_the_command_works_in_a_process_of_its_own_and_without_unicode(in_place:
 
 @pytest.mark.processes
 def test_an_error_in_a_process_has_no_traceback() -> None:
-    done = command_line("inspect", ".")
+    done = command_line("inspect", "docs")
     assert done.returncode == 1 and done.stderr.splitlines() == [
-        "Error: There is no adapter at .: no adapter_config.json was found."
+        "Error: There is no adapter at docs: no adapter_config.json was found."
     ]
 
 
@@ -48,13 +48,27 @@ def processor_time_of(*arguments: str) -> float:
     return min(once() for _ in range(3))
 
 
-@pytest.mark.parametrize(("arguments", "seconds"), [(["--help"], 0.5), (["inspect", "adapter"], 2.0)])
+@pytest.mark.parametrize(
+    ("arguments", "seconds"),
+    [(["--help"], 0.5), (["inspect", "adapter"], 2.0), (["inspect", "."], 2.0), (["card", "adapter"], 2.0)],
+)
 @pytest.mark.processes
 def test_a_command_without_a_model_starts_at_once(in_place: Path, arguments: list[str], seconds: float) -> None:
     assert processor_time_of(*arguments) < seconds
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["prune", "--help"], ["inspect", "adapter"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["prune", "--help"],
+        ["evaluate", "--help"],
+        ["inspect", "adapter"],
+        ["inspect", "."],
+        ["card", "adapter"],
+    ],
+)
 @pytest.mark.processes
 def test_a_command_without_a_model_imports_no_library_for_models(in_place: Path, arguments: list[str]) -> None:
     heavy = {"torch", "transformers", "peft", "accelerate", "peft_e2vpt"}
@@ -70,7 +84,9 @@ def test_the_version_is_that_of_the_package() -> None:
     assert command_line("--version", module="peft_e2vpt_cli").stdout == f"{peft_e2vpt.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", ["--help", "inspect adapter", "inspect adapter --json"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "inspect adapter", "inspect adapter --json", "inspect .", "card adapter"]
+)
 @pytest.mark.processes
 def test_a_pipe_that_is_closed_ends_a_command_quietly(in_place: Path, arguments: str) -> None:
     command = [sys.executable, "-m", "peft_e2vpt_cli", *arguments.split()]
@@ -86,6 +102,7 @@ def test_the_light_package_has_the_constants_of_the_heavy_one() -> None:
     assert (files.METHOD, files.FORMAT_VERSION) == (METHOD, FORMAT_VERSION)
     assert (files.CONFIG_NAME, files.WEIGHTS_NAME) == (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
     assert (files.CARD_NAME, files.METADATA_KEY) == (card.CARD_NAME, card.METADATA_KEY)
+    assert files.CARD_MARKER == card.MARKER
 
 
 @pytest.mark.parametrize("settings", [{"peft_type": "LORA"}, {"format_version": 99}, None])

@@ -12,7 +12,7 @@ from transformers import ViTImageProcessor
 import peft_e2vpt
 from peft_e2vpt.images import accuracy, load_images
 from tests.cli.conftest import COLOURS
-from tests.support.command_line import succeed
+from tests.support.command_line import fail, succeed
 
 
 def test_prune_searches_saves_and_tells_before_and_after(in_place: Path, tmp_path: Path) -> None:
@@ -41,3 +41,24 @@ def test_labels_are_matched_by_name(in_place: Path) -> None:
     own = next(iter(load_images("images", None, processor, max_samples=12).validation))
     # a folder's classes are in alphabetical order: blue, green, red
     assert torch.equal(batch["labels"], torch.tensor([1, 0, 3])[own["labels"]])
+
+
+def test_prune_offers_the_bounds_that_its_errors_advise_to_lower(in_place: Path, tmp_path: Path) -> None:
+    arguments = ("prune", "adapter", "--data", "images", "--output", tmp_path / "p", "--max-tuned-percentage")
+    told = fail(*arguments, 0.1)
+    assert (
+        told.startswith("--max-tuned-percentage 0.1 is too small") and "lower --min-tokens or --min-segments" in told
+    )
+    least, lower = (float(text.split("Raise it to ")[1].split()[0]) for text in (told, fail(*arguments, 0.1, *LOW)))
+    assert lower < least
+    succeed(*arguments, lower, *LOW)
+    assert peft_e2vpt.load(tmp_path / "p").prompt_summary().tuned_percentage <= lower
+
+
+LOW = ("--min-segments", 1)
+
+
+def test_bounds_hold_for_amounts(in_place: Path, tmp_path: Path) -> None:
+    arguments = ("prune", "adapter", "--data", "images", "--output", tmp_path / "p", "--tokens", 3)
+    assert "at least 2 must remain" in fail(*arguments, "--min-tokens", 2)
+    succeed(*arguments)

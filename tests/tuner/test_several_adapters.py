@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from tests.support.adapted import predict
+from tests.support.adapted import config_of, predict
 from tests.support.models import build
 from tests.support.several import DIFFERENT, with_adapters
 
@@ -81,3 +81,22 @@ def test_switching_between_adapters_compiles_once_for_each(tmp_path, fresh_compi
             model.set_adapter(adapter_name)
             torch.testing.assert_close(predict(compiled, {"pixel_values": pixels}), expected)
     assert len(programs) == len(answers)
+
+
+@pytest.mark.parametrize("name", ["0", "1", "layers", "vit", "classifier", "e2vpt", "model"])
+def test_a_name_by_which_peft_would_lose_tensors_is_refused(name: str) -> None:
+    model = get_peft_model(build("vit")[0], config_of())
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match=f"'{name}' cannot be the name of an adapter, because it is a part of"):
+        model.add_adapter(name, config_of())
+    assert set(model.peft_config) == {"default"} and set(model.state_dict()) == before
+
+
+def test_numbers_that_are_none_of_a_layer_name_adapters(tmp_path: Path) -> None:
+    model = get_peft_model(build("vit")[0], config_of(seed=1), adapter_name="37")
+    model.add_adapter("102", config_of(seed=2))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("vit")[0], str(tmp_path / "37"), adapter_name="37")
+    loaded.load_adapter(str(tmp_path / "102"), adapter_name="102")
+    found = loaded.state_dict()
+    assert all(torch.equal(tensor, found[key]) for key, tensor in model.state_dict().items())
