@@ -21,7 +21,7 @@ from transformers import ViTForImageClassification, ViTImageProcessorPil
 
 from tests.support.adapted import config_of, trained
 from tests.support.models import build
-from tests.support.paths import EXAMPLES
+from tests.support.paths import EXAMPLES, ROOT
 
 
 TREES = ["ash", "beech", "cedar", "dogwood", "elm"]
@@ -75,7 +75,7 @@ def address(adapters, tmp_path) -> Iterator[str]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with open(tmp_path / "log", "w") as log:
-        command = [sys.executable, EXAMPLES / "demo.py", *adapters, "--port", str(port)]
+        command = [sys.executable, EXAMPLES / "demo.py", adapters[0].parent, "--port", str(port)]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 90
@@ -143,6 +143,46 @@ def test_visitor_drops_a_image_and_changes_the_adapter(address, browser, tmp_pat
     assert not elsewhere
 
 
+SCREENSHOTS = ROOT / "build" / "screenshots"
+
+
+@pytest.mark.browser
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_is_legible_at_both_widths_and_says_what_is_wrong_with_a_file(address, browser, tmp_path, width):
+    Image.linear_gradient("L").save(tmp_path / "image.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    def see(selector: str) -> list[Any]:
+        return browser.find_elements(By.CSS_SELECTOR, selector)
+
+    def keep(name: str) -> None:
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        browser.save_screenshot(str(SCREENSHOTS / f"demo-{name}-{width}.png"))
+
+    wait = WebDriverWait(browser, 60)
+    browser.get(address)
+    wait.until(lambda _: see("input[type=file]"))
+    see("input[type=file]")[0].send_keys(str(tmp_path / "image.png"))
+    wait.until(lambda _: see("#maps img") and see("#shares img"))
+    keep("answer")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    drawn = see("#maps img")[0]
+    assert drawn.size["width"] >= 0.6 * int(drawn.get_attribute("naturalWidth"))  # a point of 10 is 8 pixels or more
+    drawn.location_once_scrolled_into_view  # noqa: B018
+    keep("maps")
+    see("#message")[0].location_once_scrolled_into_view  # noqa: B018
+
+    see("button[aria-label=Clear], button[aria-label='Remove Image']")[0].click()
+    wait.until(lambda _: see("input[type=file]"))
+    see("input[type=file]")[0].send_keys(str(tmp_path / "bad.png"))
+    wait.until(lambda _: "Choose another image." in see("#message")[0].text)
+    wait.until(lambda _: not see("#maps img"))
+    keep("bad-file")
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -166,9 +206,50 @@ def test_without_adapters_the_page_says_which_command_makes_them(tmp_path, monke
     assert "python examples/finetune.py --prune" in capsys.readouterr().err
 
 
-def test_only_adapters_of_e2vpt_are_found_in_a_run(base, adapters):
-    LoraConfig().save_pretrained(base / "lora")
-    assert demo.find_adapters(base) == sorted(adapters)
+def test_adapters_of_e2vpt_are_found_in_a_run_and_others_are_named_by_their_method(base, adapters, tmp_path):
+    LoraConfig().save_pretrained(tmp_path / "run" / "lora")
+    with pytest.raises(ValueError, match=r"no E2VPT adapter in .*run, only adapters of other methods: lora \(LoRA\)"):
+        demo.find_adapters([tmp_path / "run"])
+    for name in ("trees", "trees/checkpoint-9"):
+        shutil.copytree(adapters[0], tmp_path / "run" / name)
+    found = demo.find_adapters([tmp_path / "run", adapters[1]])
+    assert found.adapters == [tmp_path / "run" / "trees", adapters[1]]
+    assert found.notes == ["Left out, as this page shows E2VPT adapters: lora (LoRA)."]
+
+
+def test_the_last_checkpoint_of_an_unfinished_run_is_found(adapters, tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10"):
+        shutil.copytree(adapters[0], tmp_path / name)
+    assert demo.find_adapters([tmp_path]).adapters == [tmp_path / "checkpoint-10"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"a text", "bad.png"), (b"\x89PNG\r\n\x1a\n", "bad.png")],
+    ids=["empty", "text", "cut off"],
+)
+def test_a_file_that_is_no_image_gets_one_sentence(tmp_path, content, message):
+    (tmp_path / "bad.png").write_bytes(content)
+    image, told = demo.open_image(str(tmp_path / "bad.png"))
+    assert image is None and message in told and told.endswith(". Choose another image.")
+    assert "\n" not in told and str(tmp_path) not in told
+
+
+def test_an_image_is_read_as_a_viewer_shows_it(tmp_path):
+    turned = Image.new("RGB", (40, 20))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    image, told = demo.open_image(str(tmp_path / "turned.jpg"))
+    assert image.size == (20, 40) and told == ""
+
+
+def test_methods_are_named_and_not_types_of_peft(tmp_path):
+    LoraConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is one of LoRA; this page"):
+        demo.read_config(tmp_path)
+    with pytest.raises(ValueError, match="which is a file"):
+        demo.read_config(tmp_path / "adapter_config.json")
 
 
 def test_adapters_are_named_by_what_differs_in_their_paths(tmp_path):
