@@ -119,6 +119,7 @@ def read_config(folder: Path) -> E2VPTConfig:
     Raises:
         ValueError: The folder has no adapter, or one of another method, or one without names of classes.
     """
+    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder  # as in what was typed
     if folder.is_file():
         raise ValueError(f"There is no adapter at {folder}, which is a file: name the folder that it lies in.")
     if not (folder / "adapter_config.json").is_file():

@@ -33,7 +33,6 @@ from peft_e2vpt.images import read_image
 from peft_e2vpt.plotting import plot_attention_maps, plot_prompt_attention
 from peft_e2vpt_cli.files import adapters_below, read_method
 
-
 DEFAULT_FOLDER = Path("runs/finetune")
 HINT = "python examples/finetune.py --prune"
 METHODS = {"E2VPT": "E2VPT", "LORA": "LoRA", "LN_TUNING": "LayerNorm tuning", "IA3": "IA3", "BOFT": "BOFT"}
@@ -46,7 +45,6 @@ STYLE = """<style>
 </style>"""
 THEME = gradio.themes.Default(primary_hue="blue")  # its fonts come with Gradio
 
-
 class Served(NamedTuple):
     """Several adapters on one backbone.
 
@@ -58,9 +56,7 @@ class Served(NamedTuple):
     model: PeftModel
     processors: dict[str, BaseImageProcessor]
 
-
 # ---------------------------------------------------------------------------------------------------------- adapters
-
 
 class Found(NamedTuple):
     """Adapters in folders.
@@ -72,7 +68,6 @@ class Found(NamedTuple):
 
     adapters: list[Path]
     notes: list[str]
-
 
 def find_adapters(folders: list[Path]) -> Found:
     """
@@ -104,13 +99,11 @@ def find_adapters(folders: list[Path]) -> Found:
         adapters += kept
     return Found(adapters, notes)
 
-
 def name_adapters(folders: list[Path]) -> dict[str, Path]:
     """Names every folder by that part of its path which differs; PEFT wants names without dots."""
     resolved = list(dict.fromkeys(folder.resolve() for folder in folders))
     common = os.path.commonpath([folder.parent for folder in resolved])
     return {folder.relative_to(common).as_posix().replace(".", "_"): folder for folder in resolved}
-
 
 def read_config(folder: Path) -> E2VPTConfig:
     """
@@ -132,7 +125,6 @@ def read_config(folder: Path) -> E2VPTConfig:
     if not config.labels:
         raise ValueError(f"The adapter at {folder} names no classes: it belongs to a model that is no classifier.")
     return config
-
 
 def load_adapters(adapters: dict[str, Path]) -> Served:
     """
@@ -169,9 +161,7 @@ def load_adapters(adapters: dict[str, Path]) -> Served:
         processors[name] = AutoImageProcessor.from_pretrained(folder if has_own else first.base_model_name_or_path)
     return Served(model.eval(), processors)
 
-
 # ----------------------------------------------------------------------------------------------------------- answers
-
 
 @torch.no_grad()
 def classify(served: Served, image: Image.Image, name: str) -> dict[str, float]:
@@ -179,7 +169,6 @@ def classify(served: Served, image: Image.Image, name: str) -> dict[str, float]:
     served.model.set_adapter(name, inference_mode=True)
     logits = served.model(**served.processors[name](image, return_tensors="pt")).logits
     return dict(zip(served.model.peft_config[name].labels, logits.softmax(-1)[0].tolist(), strict=True))
-
 
 def attend(served: Served, image: Image.Image, name: str) -> tuple[Figure, Figure]:
     """
@@ -192,10 +181,7 @@ def attend(served: Served, image: Image.Image, name: str) -> tuple[Figure, Figur
     inputs = served.processors[name](image, return_tensors="pt")
     return plot_prompt_attention(prompt_attention(served.model, inputs)), plot_attention_maps(served.model, inputs)
 
-
 # -------------------------------------------------------------------------------------------------------------- page
-
-from gradio.events import Dependency
 
 class AnyFile(gradio.Image):
     """An image as the path of the file that was dropped, whatever is in it: reading it is left to `read_image`."""
@@ -208,7 +194,6 @@ class AnyFile(gradio.Image):
         from gradio.components import Timer
         from gradio.components.base import Component
 
-
 def open_image(path: str | None) -> tuple[Image.Image | None, str]:
     """Reads what was dropped as a viewer shows it; if it is no image, the second says why, in one sentence."""
     if path is None:
@@ -217,7 +202,6 @@ def open_image(path: str | None) -> tuple[Image.Image | None, str]:
         return read_image(path, name=Path(path).name), ""
     except ValueError as error:
         return None, f"{plain_text(error).rstrip('.')}. Choose another image."
-
 
 def build_page(served: Served) -> gradio.Blocks:
     """Lays out the page and connects it with the model."""
@@ -263,7 +247,6 @@ def build_page(served: Served) -> gradio.Blocks:
         gradio.on(changes, show, inputs, [shares, maps, note], concurrency_limit=1, concurrency_id="model")
     return page
 
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -279,7 +262,6 @@ def main() -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     build_page(served).launch(server_port=args.port, show_error=True, footer_links=[], theme=THEME)
-
 
 if __name__ == "__main__":
     main()

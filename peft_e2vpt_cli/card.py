@@ -38,6 +38,8 @@ def card(
     with with_models():
         if write and not Path(adapter).is_dir():
             raise ValueError(f"{adapter} is no folder to write a card into; peft_e2vpt.push_to_hub uploads one.")
+        if write:
+            _earlier_card(Path(adapter, subfolder or "", CARD_NAME), adapter)  # refused before a model is built
         with TemporaryDirectory() as empty:
             folder = Path(adapter, subfolder or "") if write else Path(empty)
             _write_card(adapter, revision, subfolder, base, folder)

@@ -26,15 +26,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
-from transformers import AutoModelForImageClassification, Trainer, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    Trainer,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 import peft_e2vpt
 from peft_e2vpt import PruneRewindCallback, requirements, score_prompts, search_pruning, trained_tensors
 from peft_e2vpt.backbones.sites import find_attention_sites
 from peft_e2vpt.images import check_images, find_images, load_splits
 from peft_e2vpt.pruning.callback import TARGET_FILE
+from tests.cli.conftest import draw_images
 from tests.support import zoo_checks as checks
 from tests.support.adapted import checkpoint_activations, config_of
+from tests.support.command_line import fail
 from tests.support.models import VIT
 from tests.support.paths import ROOT
 from tests.support.training import HALF, Images, adapted, trainer_for
@@ -188,6 +196,11 @@ def endless_expression() -> None:
 @under("The name of an adapter is a path")
 def adapter_name_is_a_path() -> None:
     adapted(adapter_name="runs/flowers")
+
+
+@under("The name of an adapter is a part of the path of a module")
+def adapter_name_is_a_number() -> None:
+    adapted().add_adapter("1", config_of())
 
 
 @under("A name in `modules_to_save` is the ending of several modules")
@@ -713,6 +726,13 @@ def damaged() -> None:
     peft_e2vpt.load("trees")
 
 
+@under("The config is cut off: PEFT")
+def truncated_config() -> None:
+    saved()
+    Path("trees/adapter_config.json").write_text('{"peft_type": "E2V')
+    PeftModel.from_pretrained(vit(), "trees")
+
+
 @under("A file of the adapter is a pointer of Git LFS")
 def pointer() -> None:
     saved()
@@ -868,3 +888,199 @@ def no_processor() -> None:
 def not_logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: None)
     peft_e2vpt.push_to_hub(adapted(), "me/vit-e2vpt-trees")
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+Error = type("Error", (Exception,), {})
+ErrorOfDemo = type("demo.py: error", (Exception,), {})
+
+
+def command(*arguments: str) -> None:
+    """Raises what `peft-e2vpt` prints."""
+    raise Error(fail(*arguments))
+
+
+def with_base() -> None:
+    """An adapter `trees` on a folder `base`, and images `cells` of other classes."""
+    vit().save_pretrained("base")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("base")
+    saved()
+    change(base_model_name_or_path="base", labels=["ash", "beech", "cedar", "elm", "oak"])
+    draw_images(Path("cells"), 2)
+
+
+@under("Command line: there is no adapter")
+def command_without_adapter() -> None:
+    Path("flowers").mkdir()
+    command("inspect", "flowers")
+
+
+@under("Command line: a file is named instead of its folder")
+def command_with_file() -> None:
+    saved()
+    command("inspect", str(TENSORS))
+
+
+@under("Command line: the adapter is one of another method")
+def command_with_another_method() -> None:
+    another_adapter()
+    command("inspect", "trees")
+
+
+@under("Command line: a file of the adapter is a pointer of Git LFS")
+def command_with_pointer() -> None:
+    saved()
+    TENSORS.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    command("card", "trees")
+
+
+@under("Command line: the output folder holds an adapter")
+def command_with_taken_output() -> None:
+    saved()
+    command("prune", "trees", "--data", "cells", "--output", "trees")
+
+
+@under("Command line: an amount is neither a ratio nor a number")
+def command_with_word() -> None:
+    command("prune", "trees", "--data", "cells", "--output", "pruned", "--tokens", "half")
+
+
+@under("Command line: a budget and amounts are given")
+def command_with_both() -> None:
+    amounts = ("--tokens", "0.5", "--max-tuned-percentage", "1")
+    command("prune", "trees", "--data", "cells", "--output", "pruned", *amounts)
+
+
+@under("Command line: the folder of images is empty")
+def command_without_images() -> None:
+    with_base()
+    Path("leaves").mkdir()
+    command("evaluate", "trees", "--data", "leaves")
+
+
+@under("Command line: the adapter does not know a class of the images")
+def command_with_other_classes() -> None:
+    with_base()
+    command("evaluate", "trees", "--data", "cells")
+
+
+@under("Command line: an image cannot be read")
+def command_with_bad_image() -> None:
+    with_base()
+    change(labels=["blue", "green", "red", "cyan", "teal"])
+    Path("cells/blue/9.png").touch()
+    command("evaluate", "trees", "--data", "cells")
+
+
+@under("Command line: the images have no such split")
+def command_with_another_split() -> None:
+    with_base()
+    command("evaluate", "trees", "--data", "cells", "--split", "test")
+
+
+@under("Command line: the adapter names no base model")
+def command_without_base() -> None:
+    saved()
+    draw_images(Path("cells"), 2)
+    command("evaluate", "trees", "--data", "cells")
+
+
+@under("Command line: somebody has edited the card")
+def command_with_edited_card() -> None:
+    saved()
+    Path("trees/README.md").write_text("# Mine\n")
+    command("card", "trees", "--write")
+
+
+@under("Command line: the checkpoint is another file")
+def command_with_text() -> None:
+    Path("notes.pth").write_text("a text")
+    vit().save_pretrained("base")
+    command("convert", "notes.pth", "--base", "base", "--output", "adapter")
+
+
+# ------------------------------------------------------------------------------------------------------------ the demo
+def start_demo(*folders: str) -> None:
+    """Raises what `examples/demo.py` says when it is started with folders."""
+    demo = pytest.importorskip("demo", reason="needs the extra `demo`")
+    with pytest.raises(ValueError) as error:
+        demo.load_adapters(demo.name_adapters(demo.find_adapters([Path(folder) for folder in folders]).adapters))
+    raise ErrorOfDemo(error.value)
+
+
+def drop(content: bytes) -> None:
+    """Raises what the page says of a file."""
+    demo = pytest.importorskip("demo", reason="needs the extra `demo`")
+    Path("cat.png").write_bytes(content)
+    raise Error(demo.open_image("cat.png")[1])
+
+
+def with_labels(folder: str, *labels: str, base: str = "base") -> str:
+    saved()
+    change(base_model_name_or_path=base, labels=list(labels) or None)
+    return str(Path("trees").rename(folder))
+
+
+def another_adapter() -> None:
+    get_peft_model(vit(), peft.LoraConfig(target_modules="all-linear")).save_pretrained("trees")
+
+
+@under("Demo: there is no adapter")
+def demo_without_adapter() -> None:
+    Path("runs").mkdir()
+    start_demo("runs")
+
+
+@under("Demo: there is no such folder")
+def demo_without_folder() -> None:
+    start_demo("flowers")
+
+
+@under("Demo: a file is named instead of its folder")
+def demo_with_file() -> None:
+    saved()
+    start_demo(str(TENSORS))
+
+
+@under("Demo: the adapter is one of another method")
+def demo_with_another_method() -> None:
+    another_adapter()
+    start_demo("trees")
+
+
+@under("Demo: all adapters of a run are of other methods")
+def demo_with_other_methods() -> None:
+    another_adapter()
+    Path("run").mkdir()
+    Path("trees").rename("run/trees")
+    start_demo("run")
+
+
+@under("Demo: the model is no classifier")
+def demo_without_classes() -> None:
+    start_demo(with_labels("a"))
+
+
+@under("Demo: the adapters have different base models")
+def demo_with_two_bases() -> None:
+    start_demo(with_labels("a", "ash", "oak"), with_labels("b", "ash", "oak", base="other"))
+
+
+@under("Demo: the adapters have different numbers of classes")
+def demo_with_other_classes() -> None:
+    start_demo(with_labels("a", "ash", "oak"), with_labels("b", "ash", "oak", "elm"))
+
+
+@under("Demo: the file is empty")
+def demo_with_empty_file() -> None:
+    drop(b"")
+
+
+@under("Demo: the file is no image")
+def demo_with_text() -> None:
+    drop(b"a text")
+
+
+@under("Demo: the file is a pointer of Git LFS")
+def demo_with_pointer() -> None:
+    drop(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")

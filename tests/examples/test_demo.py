@@ -75,7 +75,7 @@ def address(adapters, tmp_path) -> Iterator[str]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with open(tmp_path / "log", "w") as log:
-        command = [sys.executable, EXAMPLES / "demo.py", adapters[0].parent, "--port", str(port)]
+        command = [sys.executable, EXAMPLES / "demo.py", *adapters, "--port", str(port)]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 90
