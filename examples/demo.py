@@ -17,7 +17,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gradio
 import torch
@@ -197,13 +197,6 @@ def attend(served: Served, image: Image.Image, name: str) -> tuple[Figure, Figur
 # -------------------------------------------------------------------------------------------------------------- page
 
 
-class AnyFile(gradio.Image):
-    """An image as the path of the file that was dropped, whatever is in it: reading it is left to `read_image`."""
-
-    def preprocess(self, payload: gradio.image_utils.ImageData | None) -> str | None:
-        return None if payload is None else payload.path
-
-
 def open_image(path: str | None) -> tuple[Image.Image | None, str]:
     """Reads what was dropped as a viewer shows it; if it is no image, the second says why, in one sentence."""
     if path is None:
@@ -218,12 +211,13 @@ def build_page(served: Served) -> gradio.Blocks:
     """Lays out the page and connects it with the model."""
     names = list(served.processors)
 
-    def answer(path: str | None, name: str) -> tuple[dict[str, float] | None, str]:
-        image, message = open_image(path)
+    # Gradio would open the file itself, so what was dropped comes as it is: a dictionary with its path.
+    def answer(dropped: dict[str, Any] | None, name: str) -> tuple[dict[str, float] | None, str]:
+        image, message = open_image(dropped and dropped["path"])
         return None if image is None else classify(served, image, name), message
 
-    def show(path: str | None, name: str) -> tuple[Figure | None, Figure | None, str]:
-        image, _ = open_image(path)
+    def show(dropped: dict[str, Any] | None, name: str) -> tuple[Figure | None, Figure | None, str]:
+        image, _ = open_image(dropped and dropped["path"])
         if image is None:
             return None, None, ""
         try:
@@ -236,7 +230,7 @@ def build_page(served: Served) -> gradio.Blocks:
         gradio.Markdown("# One backbone, many adapters\nDrop an image, then choose which adapter judges it.")
         with gradio.Row():
             with gradio.Column():
-                image = AnyFile(
+                image = gradio.Image(
                     type="filepath", sources=["upload", "clipboard"], buttons=["fullscreen"], label="Image", height=386
                 )
                 message = gradio.Markdown(elem_id="message")
@@ -254,8 +248,9 @@ def build_page(served: Served) -> gradio.Blocks:
         # One at a time: both choose the model's active adapter.
         changes = [image.change, name.change]
         inputs = [image, name]
-        gradio.on(changes, answer, inputs, [probabilities, message], concurrency_limit=1, concurrency_id="model")
-        gradio.on(changes, show, inputs, [shares, maps, note], concurrency_limit=1, concurrency_id="model")
+        settings = {"preprocess": False, "concurrency_limit": 1, "concurrency_id": "model"}
+        gradio.on(changes, answer, inputs, [probabilities, message], **settings)
+        gradio.on(changes, show, inputs, [shares, maps, note], **settings)
     return page
 
 
