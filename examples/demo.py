@@ -40,6 +40,9 @@ METHODS = {"E2VPT": "E2VPT", "LORA": "LoRA", "LN_TUNING": "LayerNorm tuning", "I
 STYLE = """<style>
 .figure { overflow-x: auto }  /* on a phone a figure is swiped, not shrunk until nobody can read it */
 .figure img { min-width: 600px }
+@media (max-width: 700px) {
+  .figure div { align-items: flex-start !important; justify-content: flex-start !important }
+}
 #shares img { min-width: 480px }
 #message:not(:empty), #note:not(:empty) { border-left: 4px solid #c2410c; padding-left: 12px }
 #adapter label { max-width: 100%; overflow-wrap: anywhere }
