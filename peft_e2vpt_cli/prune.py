@@ -137,7 +137,7 @@ def _choose(
     scores: ImportanceScores,
     amounts: Amounts | None,
     max_tuned_percentage: float | None,
-    bounds: dict[str, int],
+    bounds: dict[str, Any],
 ) -> tuple[Gates, PruningSearch | None]:
     """What to keep: by amounts, within a budget, or what is best on the validation images."""
     from peft_e2vpt import search_pruning
