@@ -36,8 +36,7 @@ from examples.json_lines import append_line
 from examples.quantize_backbone import GRAPH, quantize
 from peft_e2vpt import E2VPTConfig, RecipeCallback
 from peft_e2vpt.export import AdapterBank, export_adapter, export_backbone
-from peft_e2vpt.training.head_start import start_heads
-from peft_e2vpt.training.standardise import fold
+from peft_e2vpt.training.probe import Labels, fit_probe
 
 
 Array = np.ndarray[Any, Any]
@@ -99,25 +98,16 @@ class Graph:
         return self.run(pixels, name, head_weight=weight, head_bias=bias)
 
 
-class Probe(nn.Module):
-    """A linear layer on features."""
-
-    def __init__(self, width: int, num_labels: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, num_labels)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits (N, C) of features (N, D)."""
-        logits: Tensor = self.linear(features)
-        return logits
-
-
 def probe(features: Array, labels: list[int], num_labels: int) -> nn.Linear:
-    """Fits a linear head as `start_heads` does."""
-    head = Probe(features.shape[1], num_labels)
-    start_heads(head, [{"features": torch.from_numpy(features), "labels": torch.tensor(labels)}])
-    fold(head.linear)
-    return head.linear.requires_grad_(False)
+    """Fits a linear head as `RecipeCallback` does."""
+    found = torch.from_numpy(features).double()
+    mean, scale = found.mean(0), (found.var(0) + 1e-5).rsqrt()
+    kind = Labels("classes", False, num_labels)
+    weight, bias = fit_probe((found - mean) * scale, torch.tensor(labels), kind, num_labels, 0.1)
+    head = nn.Linear(found.shape[1], num_labels).requires_grad_(False)
+    head.weight.copy_(weight * scale)
+    head.bias.copy_(bias - (weight * scale) @ mean)
+    return head
 
 
 def accuracy_of(logits: Array | Tensor, labels: list[int]) -> float:

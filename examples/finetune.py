@@ -231,21 +231,10 @@ def prepare_model(method: str, base_model: PreTrainedModel, args: ModelArguments
 
 
 class ImageTrainer(Trainer):
-    """
-    A `Trainer` that mirrors half of the training images, left to right.
-
-    Args:
-        mirror (`bool`, *optional*, defaults to `True`): Whether to mirror images.
-    """
-
-    def __init__(self, *args: Any, mirror: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.mirror = mirror
+    """A `Trainer` that mirrors half of the training images, left to right."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any) -> torch.Tensor:
         # Mirrored here, not while loading: batches are loaded ahead, with random numbers no checkpoint knows.
-        if not self.mirror:
-            return super().training_step(model, inputs, *args)
         images = inputs["pixel_values"]
         mirrored = torch.rand(len(images), 1, 1, 1).to(images.device) < 0.5
         return super().training_step(

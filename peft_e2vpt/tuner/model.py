@@ -84,7 +84,7 @@ class E2VPTModel(TunerOnDisk):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter with a copy of its config, which says what was found; the user's stays as it is."""
-        check_adapter_name(adapter_name, model)
+        check_adapter_name(adapter_name)
         config = own_copy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         self._choose(config)

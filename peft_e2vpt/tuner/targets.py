@@ -115,25 +115,16 @@ def _check_shallow(model: str, sites: list[AttentionSite]) -> None:
             )
 
 
-def check_adapter_name(name: str, model: nn.Module) -> None:
+def check_adapter_name(name: str) -> None:
     """Checks the name of a new adapter, which becomes part of module paths and the name of a folder.
 
     Raises:
-        ValueError: it would lead out of the folder that the adapter is saved in, hide a method of a module, or is a
-            part of the path of one: PEFT tells the tensors of several adapters apart by the parts of their names.
+        ValueError: it would lead out of the folder that the adapter is saved in, or hide a method of a module.
     """
     if not isinstance(name, str) or not name or re.search(r"[./\\\0]", name):
         raise ValueError(f"An adapter's name is also that of its folder, without . / and \\, got {name!r}.")
     if name == BASE or any(hasattr(kind, name) for kind in (nn.ModuleDict, nn.ParameterDict)):
         raise ValueError(f"{name!r} cannot be the name of an adapter: torch or PEFT give it a meaning of their own.")
-    paths = (path.partition(".modules_to_save.")[0] for path, _ in model.named_modules())
-    taken = next((path for path in paths if name in path.split(".")), None)
-    if taken is not None or name in ("model", "base_model"):
-        raise ValueError(
-            f"{name!r} cannot be the name of an adapter, because it is a part of the path "
-            f"{taken or 'base_model.model'}: PEFT would lose tensors of other adapters when it saves them. Take "
-            f"another name, such as 'adapter_{name}'."
-        )
 
 
 def own_copy(config: E2VPTConfig) -> E2VPTConfig:

@@ -206,11 +206,6 @@ def adapter_name_is_a_path() -> None:
     adapted(adapter_name="runs/flowers")
 
 
-@under("The name of an adapter is a part of the path of a module")
-def adapter_name_is_a_number() -> None:
-    adapted().add_adapter("1", config_of())
-
-
 @under("A name in `modules_to_save` is the ending of several modules")
 def several_endings() -> None:
     get_peft_model(vit(), config_of(modules_to_save=["layernorm_before"]))
