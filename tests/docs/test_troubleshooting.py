@@ -426,7 +426,7 @@ def figures_of_other_images() -> None:
     files(*TWO_CLASSES)
     run = {"fingerprint": "0123456789abcdef", "images": {"train": 820, "validation": 164}}
     run["data"] = {"train_dir": "/home/me/cells", "seed": 42}
-    figures.load_images(figures.FigureArguments(), DataArguments(train_dir="images"), run)
+    figures.load_tested(figures.FigureArguments(), DataArguments(train_dir="images"), run)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -501,6 +501,14 @@ def data_parallel() -> None:
 
 
 # ----------------------------------------------------------------------------------------------- PruneRewindCallback
+@under("The checkpoint misses the head as it learns")
+def checkpoint_without_head() -> None:
+    trainer_for(HERE, None, callbacks=(RecipeCallback(),), **SAVED).train()
+    (HERE / "checkpoint-1" / HEADS_FILE).unlink()
+    again = trainer_for(HERE, None, callbacks=(RecipeCallback(),), **SAVED)
+    again.train(resume_from_checkpoint="checkpoint-1")
+
+
 @under("There is no evaluation set to compare prunings on")
 def no_evaluation_set() -> None:
     args = trainer_for(HERE, None).args
@@ -604,14 +612,6 @@ def incomplete_checkpoint() -> None:
     train(PruneRewindCallback(**HALF), **SAVED)
     (HERE / "checkpoint-1" / TARGET_FILE).unlink()
     trainer_for(HERE, PruneRewindCallback(**HALF), **SAVED).train(resume_from_checkpoint="checkpoint-1")
-
-
-@under("The checkpoint misses the head as it learns")
-def checkpoint_without_head() -> None:
-    trainer_for(HERE, None, callbacks=(RecipeCallback(),), **SAVED).train()
-    (HERE / "checkpoint-1" / HEADS_FILE).unlink()
-    again = trainer_for(HERE, None, callbacks=(RecipeCallback(),), **SAVED)
-    again.train(resume_from_checkpoint="checkpoint-1")
 
 
 @under("The values to rewind to are those of another step")

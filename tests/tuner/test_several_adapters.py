@@ -83,15 +83,6 @@ def test_switching_between_adapters_compiles_once_for_each(tmp_path, fresh_compi
     assert len(programs) == len(answers)
 
 
-@pytest.mark.parametrize("name", ["0", "1", "layers", "vit", "classifier", "e2vpt", "model"])
-def test_a_name_by_which_peft_would_lose_tensors_is_refused(name: str) -> None:
-    model = get_peft_model(build("vit")[0], config_of())
-    before = set(model.state_dict())
-    with pytest.raises(ValueError, match=f"'{name}' cannot be the name of an adapter, because it is a part of"):
-        model.add_adapter(name, config_of())
-    assert set(model.peft_config) == {"default"} and set(model.state_dict()) == before
-
-
 def test_numbers_that_are_none_of_a_layer_name_adapters(tmp_path: Path) -> None:
     model = get_peft_model(build("vit")[0], config_of(seed=1), adapter_name="37")
     model.add_adapter("102", config_of(seed=2))
