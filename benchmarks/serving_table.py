@@ -17,7 +17,7 @@ from examples.json_lines import read_lines
 
 
 Row = dict[str, Any]
-COLUMNS = ("same_label", "same_label_alone", "test_accuracy", "refitted")
+COLUMNS = ("same_label", "same_label_alone", "test_accuracy", "trained_on_rounded", "refitted")
 
 
 def of_kind(rows: list[Row], measured: str) -> list[Row]:
@@ -62,7 +62,13 @@ def tables_of_eight_bit(rows: list[Row]) -> str:
         members = {row["batch_size"]: row for row in timed if row["graph"] == graph}
         cells = ["{:.2f} ({:.2f} to {:.2f})".format(*members[size]["times_as_fast"]) for size in (1, 32)]
         lines.append(f"| {graph} | {members[1]['megabytes']:.1f} | {' | '.join(cells)} |")
-    columns = ("same label as float", "same label alone as in a batch", "accuracy", "accuracy, head refitted")
+    columns = (
+        "same label as float",
+        "same label alone as in a batch",
+        "accuracy",
+        "accuracy, trained on 8-bit weights",
+        "accuracy, head refitted",
+    )
     lines += ["", f"| task | graph | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
     for row in (row for row in rows if "task" in row):
         numbers = " | ".join(f"{100 * row[name]:.1f} %" for name in COLUMNS)
