@@ -114,6 +114,7 @@ def main() -> None:
     is_own = parsed.address == "local"
     if is_own:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are few on a busy machine
         settings: dict[str, Any] = {
             "num_cpus": max(os.cpu_count() or 1, options.replicas * options.threads),
             "object_store_memory": 200 * 2**20,

@@ -145,7 +145,7 @@ def test_settings_that_would_make_another_model_are_refused_before_it_is_built(
     )
     with pytest.raises(ValueError, match=message):
         peft_e2vpt.load(folder)
-    assert fail("card", str(folder))
+    assert fail("card", str(folder), "--write")
 
 
 @pytest.mark.parametrize("heads", [None, []])
