@@ -21,7 +21,6 @@ import argparse
 import hashlib
 import logging
 import os
-import platform
 import re
 import statistics
 import tempfile
@@ -29,7 +28,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,7 +38,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, set_seed
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.transfer import Inputs
+from benchmarks.transfer import Inputs, describe_machine
 from benchmarks.transfer_tasks import TASKS
 from examples.finetune import load_processor
 from examples.json_lines import append_line, read_lines
@@ -200,12 +198,7 @@ def main() -> None:
     args = parse_arguments()
     name = "README, unpruned" if args.unpruned else "README"
     digests = {"probe": "", name: hashlib.sha256(code_of_readme(args.unpruned).encode()).hexdigest()[:12]}
-    machine = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "dtype": "bf16 autocast" if args.bf16 else "float32",
-        "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
-        "image_size": args.image_size,
-    }
+    machine = describe_machine(args)
     for task in [] if args.table else args.tasks:
         check = None
         for seed in args.seeds:

@@ -302,6 +302,16 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What trainings ran on and with, for their lines."""
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "dtype": "bf16 autocast" if args.bf16 else "float32",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "image_size": args.image_size,
+    }
+
+
 def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     transformers_logging.set_verbosity_error()
@@ -311,12 +321,7 @@ def main() -> None:
     unknown = set(names) - set(sweep.methods)
     if unknown:
         raise SystemExit(f"{sorted(unknown)} not in {args.sweep}: it has {', '.join(sweep.methods)}.")
-    machine = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "dtype": "bf16 autocast" if args.bf16 else "float32",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-        **{name: getattr(args, name) for name in ("image_size", "batch_size")},
-    }
+    machine = {**describe_machine(args), "batch_size": args.batch_size}
     for task in args.tasks:
         bench = None
         for name, rate, seed in trainings(task, names, sweep, args):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 
 BIAS_DECAY = 1e-4  # keeps the bias of a class that no sample has finite
-IGNORED = 255  # by maps of classes; classes below 0 are always left out
 
 
 class Labels(NamedTuple):

@@ -5,7 +5,6 @@ pipeline, and its upload to the Hub. Every step is a process of its own, as in a
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -64,15 +63,7 @@ class Terminal:
         self.place, self.hub = place, hub
 
     def type(self, command: str, fails: bool = False) -> str:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": self.hub.url,
-            "HF_TOKEN": "hf_test",
-            "HF_HOME": str(self.place / "home"),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        environment.pop("HF_HUB_OFFLINE", None)
+        environment = self.hub.environment(self.place / "home")
         words = [sys.executable if word == "python" else word for word in shlex.split(command)]
         done = subprocess.run(words, cwd=self.place, env=environment, capture_output=True, text=True, timeout=300)
         assert (done.returncode != 0) == fails, done.stdout + done.stderr[-3000:]

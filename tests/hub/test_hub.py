@@ -8,7 +8,6 @@ The client reads its endpoint when it is imported, so everything runs in process
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,7 +19,6 @@ import yaml
 
 from tests.support.hub_server import HubServer
 from tests.support.hub_worker import LABELS
-from tests.support.paths import ROOT
 
 
 pytestmark = pytest.mark.processes
@@ -51,15 +49,7 @@ class Hub:
         self.server, self.out = server, out
 
     def python(self, *command: str) -> None:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": self.server.url,
-            "HF_TOKEN": "hf_test",
-            "HF_HOME": str(self.out / "home"),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        environment.pop("HF_HUB_OFFLINE", None)
+        environment = self.server.environment(self.out / "home")
         done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
 

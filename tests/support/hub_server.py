@@ -16,14 +16,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import socket
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Thread
 from typing import Annotated, Any
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+
+from tests.support.paths import ROOT
 
 
 USER = "tester"
@@ -92,6 +96,19 @@ class HubServer:
     def __exit__(self, *error: Any) -> None:
         self._server.should_exit = True
         self._thread.join()
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """The environment of a process that takes this server for the Hub, and keeps what it downloads in `home`."""
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": self.url,
+            "HF_TOKEN": "hf_test",
+            "HF_HOME": str(home),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        environment.pop("HF_HUB_OFFLINE", None)
+        return environment
 
     def files(self, repo_id: str, revision: str = "main") -> Files:
         """The files of a repository, by their paths."""
