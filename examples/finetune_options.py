@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ examples:
       on a backbone of the Hub; images/train, images/val and images/test are taken as splits
   python examples/finetune.py --dataset_name timm/oxford-iiit-pet --model_name_or_path facebook/dinov2-base
       a dataset of the Hub
+  python examples/finetune.py --train_dir images --method e2vpt --search 20
+      first twenty trials on the validation images, then E2VPT with the settings that were best
   the same command again goes on where a run was stopped; python examples/figures.py runs/finetune draws it
 """
 
@@ -61,6 +64,13 @@ class ModelArguments:
     prune: bool = field(
         default=False, metadata={"help": "Prune and rewind E2VPT too: adds the method `e2vpt-pruned`, twice as long."}
     )
+    search: int | None = field(
+        default=None,
+        metadata={
+            "help": "Search the settings of every method (rates, numbers of prompts, layers) in so many trials on the "
+            "validation images, all but those that are given here, and train it with the best."
+        },
+    )
     num_visual_prompts: int = field(default=10, metadata={"help": "Visual prompts of every layer (e2vpt, vpt)."})
     num_kv_prompts: int = field(default=5, metadata={"help": "Key-value prompts of every layer (e2vpt)."})
     visual_prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout on visual prompts (paper: 0.1)."})
@@ -73,6 +83,10 @@ class ModelArguments:
         self.method = list(dict.fromkeys([*methods, "e2vpt-pruned"] if self.prune else methods))
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"--image_size is a number of pixels, got {self.image_size}.")
+        if self.search is not None and self.search < 1:
+            raise ValueError(f"--search is a number of trials, at least 1, got {self.search}.")
+        if self.search is not None and find_spec("optuna") is None:
+            raise ImportError("--search needs Optuna: pip install optuna")
 
 
 @dataclass

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 METRICS = ("accuracy", "balanced_accuracy")
-NOT_UPLOADED = ["checkpoint-*", "*.tmp", "training_args.bin", "trainer_state.json"]
+NOT_UPLOADED = ["checkpoint-*", "*.tmp", "training_args.bin", "trainer_state.json", "search.*"]
 TITLES = {"linear": "a linear probe", "full": "full fine-tuning", "lora": "LoRA"}
 
 

@@ -231,4 +231,5 @@ class PruneRewindCallback(PruningArguments, TrainerCallback, ExportableState):
         self._trainer = None
         self._run.end()
         if not self._run.pruned:
-            logger.warning(f"Training ended at step {state.global_step}, before it was to prune at {self._boundary}.")
+            log = logger.warning if state.trial_params is None else logger.info  # a search ends trials early
+            log(f"Training ended at step {state.global_step}, before it was to prune at {self._boundary}.")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ logger = logging.get_logger(__name__)
 
 HEADS_FILE = "_standardised_heads.safetensors"
 TENSORS = (MEAN, SCALE, "weight", "bias")
+RATES = ("learning_rate", "kv_learning_rate", "head_learning_rate")
 
 
 class RecipeCallback(TrainerCallback, ExportableState):
@@ -48,6 +50,10 @@ class RecipeCallback(TrainerCallback, ExportableState):
     which it then learns standardised. Everything that is saved holds the plain head, and after training so does the
     model. A run resumed from a checkpoint equals the straight run to the bit. `PruneRewindCallback` rewinds the head
     to its start, whichever of the two callbacks comes first.
+
+    One callback serves any number of trainings, also after one that was stopped, and the trials of
+    `Trainer.hyperparameter_search`: a rate that a trial draws by the name of an argument of this callback takes its
+    place in that trial.
 
     Works with E2VPT, with other methods of PEFT that train a head (`modules_to_save`) and with plain models.
 
@@ -75,7 +81,8 @@ class RecipeCallback(TrainerCallback, ExportableState):
         head_start: what `start_heads` has done, `None` before that and in a resumed run.
 
     Raises:
-        ValueError: at construction, a rate is not above 0; when training begins, a file of the checkpoint is damaged.
+        ValueError: at construction or in a trial, a rate is not above 0; when training begins, a file of the
+            checkpoint is damaged.
         FileNotFoundError: when training begins, the checkpoint to resume from was made without this callback.
     """
 
@@ -88,14 +95,7 @@ class RecipeCallback(TrainerCallback, ExportableState):
         weight_decay_of_start: float = 0.1,
         max_samples: int = MAX_SAMPLES,
     ) -> None:
-        rates = {
-            "learning_rate": learning_rate,
-            "kv_learning_rate": kv_learning_rate,
-            "head_learning_rate": head_learning_rate,
-        }
-        for name, rate in rates.items():
-            if rate is not None and not rate > 0:
-                raise ValueError(f"{name} must be above 0, got {rate}.")
+        _check_rates(dict(zip(RATES, (learning_rate, kv_learning_rate, head_learning_rate), strict=True)))
         self.learning_rate = learning_rate
         self.kv_learning_rate = kv_learning_rate
         self.head_learning_rate = head_learning_rate
@@ -104,16 +104,26 @@ class RecipeCallback(TrainerCallback, ExportableState):
         self.max_samples = max_samples
         self.head_start: HeadStart | None = None
         self._trainer: Trainer | None = None
-        self._begun = False
+        self._training: TrainerState | None = None  # the training that has begun: every one has a state of its own
+        self._model: nn.Module | None = None
 
     # -------------------------------------------------------------------------------------------------- learning rates
-    def rates(self, args: TrainingArguments) -> dict[str, float | None]:
-        """The learning rate of every part, `None` for that of the arguments."""
-        prompts = self.learning_rate
+    def rates(self, args: TrainingArguments, trial: Mapping[str, Any] | None = None) -> dict[str, float | None]:
+        """The learning rate of every part, `None` for that of the arguments.
+
+        Args:
+            args: of the Trainer.
+            trial: what a trial of a search has drawn (`TrainerState.trial_params`).
+
+        Raises:
+            ValueError: a rate of the trial is not above 0.
+        """
+        drawn = {name: float(trial[name]) for name in RATES if name in trial} if trial else {}
+        _check_rates(drawn)
+        prompts, kv_prompts, head = (drawn.get(name, getattr(self, name)) for name in RATES)
         if prompts is None:
             prompts = LEARNING_RATE if args.learning_rate == TRAINER_LEARNING_RATE else args.learning_rate
-        kv_prompts = prompts if self.kv_learning_rate is None else self.kv_learning_rate
-        return {VISUAL_PROMPTS: prompts, KV_PROMPTS: kv_prompts, HEAD: self.head_learning_rate}
+        return {VISUAL_PROMPTS: prompts, KV_PROMPTS: prompts if kv_prompts is None else kv_prompts, HEAD: head}
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,7 +137,8 @@ class RecipeCallback(TrainerCallback, ExportableState):
             optimizer = make(model)
             groups = getattr(optimizer, "param_groups", None)
             if not given and groups is not None:
-                split = split_groups(trainer.model if model is None else model, list(groups), self.rates(trainer.args))
+                rates = self.rates(trainer.args, trainer.state.trial_params)
+                split = split_groups(trainer.model if model is None else model, list(groups), rates)
                 groups.clear()
                 for group in split:
                     optimizer.add_param_group(group)
@@ -144,9 +155,12 @@ class RecipeCallback(TrainerCallback, ExportableState):
 
     def begin(self, trainer: Trainer) -> None:
         """Does what training begins with, once; a callback that needs the head's start asks for it."""
-        if self._begun:
+        if self._training is trainer.state:
             return
-        self._begun, self._trainer = True, trainer
+        out_of_memory = trainer.args.auto_find_batch_size and self._model is trainer.model
+        self._training, self._model, self._trainer = trainer.state, trainer.model, trainer
+        if out_of_memory:
+            return  # the same model begins anew with smaller batches, and has its start
         groups = getattr(trainer.optimizer, "param_groups", ())
         if groups and not any("part" in group for group in groups):
             logger.warning(
@@ -172,7 +186,7 @@ class RecipeCallback(TrainerCallback, ExportableState):
         """Makes the head plain."""
         if self._trainer is not None:
             fold_heads(self._trainer.model)
-        self._begun, self._trainer = False, None
+        self._training = self._model = self._trainer = None
 
     # ------------------------------------------------------------------------------------------------- in a checkpoint
     def state(self) -> dict[str, Any]:
@@ -192,8 +206,8 @@ class RecipeCallback(TrainerCallback, ExportableState):
                 },
                 folder / HEADS_FILE,
             )
-        names = ("learning_rate", "kv_learning_rate", "head_learning_rate", "start_head", "weight_decay_of_start")
-        return {"args": {name: getattr(self, name) for name in (*names, "max_samples")}, "attributes": {}}
+        names = (*RATES, "start_head", "weight_decay_of_start", "max_samples")
+        return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}
 
     def _resume(self, trainer: Trainer, folder: Path) -> None:
         path = folder / HEADS_FILE
@@ -215,6 +229,12 @@ class RecipeCallback(TrainerCallback, ExportableState):
                 for name in ("weight", "bias"):
                     if f"{layer_path}.{name}" in tensors:
                         getattr(layer, name).copy_(tensors[f"{layer_path}.{name}"])
+
+
+def _check_rates(rates: Mapping[str, float | None]) -> None:
+    for name, rate in rates.items():
+        if rate is not None and not rate > 0:
+            raise ValueError(f"{name} must be above 0, got {rate}.")
 
 
 def begin_recipes(trainer: Trainer) -> None:
