@@ -585,7 +585,9 @@ def go_through(run: Run) -> None:
     """Trains the methods that are not finished, and says how to go on when it is stopped."""
     args, comparison = run.args, run.comparison
     methods = [method for method in run.model_args.method if method not in comparison]
+    searched = [method for method in methods if run.free.get(searched_method(method))]
     started = comparison.rows or any(comparison.checkpoint(method) for method in methods)
+    started = started or any(search_of(method, run).finished for method in searched)
     if args.resume_from_checkpoint in ("last", True):
         args.resume_from_checkpoint = None  # each method looks for its own
         if not started:

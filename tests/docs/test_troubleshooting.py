@@ -410,6 +410,20 @@ def method_that_does_not_work() -> None:
     finetune("--model_name_or_path", saved_vit(), "--method", "linear", "e2vpt", "--layers_to_transform", "7")
 
 
+@under("There is nothing to search with")
+def no_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_options.find_spec", lambda name: None)
+    files(*TWO_CLASSES)
+    finetune("--model_name_or_path", saved_vit(), "--search", "20")
+
+
+@under("The validation images cannot tell settings apart")
+def searched_on_one_class() -> None:
+    pytest.importorskip("optuna")
+    files(*TWO_CLASSES, "../others/cat/1.png")
+    finetune("--model_name_or_path", saved_vit(), "--validation_dir", "others", "--search", "20")
+
+
 @under("An upload needs somebody who is logged in")
 def nobody_to_upload(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: None)
