@@ -62,7 +62,7 @@ if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
 import torch  # noqa: E402
 from comparison import Comparison, NoteSettings  # noqa: E402
 from finished import Finished, check_login  # noqa: E402
-from preflight import build, load_config, try_image_size, try_methods  # noqa: E402
+from preflight import count_layers, load_config, try_image_size, try_methods  # noqa: E402
 from progress import be_quiet, in_one_sentence, quiet_files, show_progress  # noqa: E402
 from search import Chosen, Search, check_search, forget_searches, free_settings, in_words, searched_method  # noqa: E402
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
@@ -386,11 +386,8 @@ def run_method(method: str, run: Run) -> dict[str, Any]:
 
 def search_of(method: str, run: Run) -> Search:
     """The search of the settings of a method, as far as it is."""
-    from peft_e2vpt.backbones.sites import find_attention_sites
-
     method = searched_method(method)
-    config = load_config(run.model_args.model_name_or_path, len(run.labels))
-    num_layers = len(find_attention_sites(build(config, "meta")))
+    num_layers = count_layers(load_config(run.model_args.model_name_or_path, len(run.labels)))
     facts, free = run.comparison.facts, run.free[method]
     return Search(method, run.model_args, recipe_of(method, run.args), free, facts, num_layers)
 

@@ -86,6 +86,17 @@ def try_methods(
         raise ValueError(f"{method} does not work on {model_name}: {reason}{advice}")
 
 
+def count_layers(config: PretrainedConfig) -> int:
+    """How many self-attentions a backbone has, each of which prompts may stand in."""
+    from peft_e2vpt.backbones.sites import find_attention_sites
+
+    try:
+        model = build(config, "meta")
+    except (RuntimeError, NotImplementedError):
+        model = build(config, "cpu")  # some models cannot be built without weights
+    return len(find_attention_sites(model))
+
+
 def build(config: PretrainedConfig, device: str) -> nn.Module:
     """A classifier of this kind, with random weights or none."""
     with torch.device(device):

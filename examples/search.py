@@ -287,7 +287,7 @@ class Search:
         """What is printed of a finished trial."""
         trial = self.finished[number]
         best = max(other.value for other in self.finished if other.state.name == "COMPLETE")
-        accuracy = f"{accuracy_of(trial):.3f}" + ("" if trial.state.name == "COMPLETE" else ", ended early")
+        accuracy = f"{trial.value:.3f}" + ("" if trial.state.name == "COMPLETE" else ", ended early")
         label = f"{self.method}, trial {number + 1} of {self.count}"
         return f"{label}: {in_words(trial.params)}: {accuracy} (best {best:.3f})"
 
@@ -306,7 +306,7 @@ class Search:
                 {
                     "trial": number,
                     "settings": trial.params,
-                    "accuracy": accuracy_of(trial),
+                    "accuracy": trial.value,
                     "state": "finished" if trial.state.name == "COMPLETE" else "ended early",
                     "accuracies": {str(step): value for step, value in sorted(trial.intermediate_values.items())},
                     "seconds": trial.duration.total_seconds(),
@@ -323,16 +323,13 @@ class Search:
 class KeepRandomNumbers(TrainerCallback):
     """Evaluations draw no random numbers from training, so that a trial trains as a run that is not evaluated."""
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.before = torch.get_rng_state()
+
+    on_epoch_end = on_train_begin
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         torch.set_rng_state(self.before)
-
-
-def accuracy_of(trial: optuna.trial.FrozenTrial) -> float:
-    """The last accuracy of a trial."""
-    return float(trial.intermediate_values[max(trial.intermediate_values)])
 
 
 def in_words(settings: dict[str, Any]) -> str:
