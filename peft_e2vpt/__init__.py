@@ -22,6 +22,7 @@ from .pruning.rewinding import redraw, rewind, trained_tensors
 from .pruning.search import PruningSearch, search_pruning
 from .registration import register
 from .training.callback import RecipeCallback
+from .training.frozen_prefix import cache_frozen_prefix, uncache_frozen_prefix
 from .training.head_start import fold_heads, start_heads
 from .training.optimizer import create_e2vpt_optimizer, parameter_groups, warn_in_a_trainer
 from .tuner.config import E2VPTConfig
@@ -55,6 +56,7 @@ __all__ = [
     "__version__",
     "apply_gates",
     "attention_maps",
+    "cache_frozen_prefix",
     "create_e2vpt_optimizer",
     "fold_heads",
     "load",
@@ -70,4 +72,5 @@ __all__ = [
     "search_pruning",
     "start_heads",
     "trained_tensors",
+    "uncache_frozen_prefix",
 ]

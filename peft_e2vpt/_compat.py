@@ -53,9 +53,11 @@ __all__ = [
     "keeps_statistics",
     "loaded_from",
     "offload_device",
+    "owners_of_hooks",
     "packed_weights",
     "peft_type",
     "remove_hooks",
+    "remove_hooks_of",
     "running_calls",
     "stops_gradients",
     "takes_processor",
@@ -172,6 +174,23 @@ def remove_hooks(module: nn.Module, functions: Container[Any]) -> None:
         for key, hook in list(hooks.items()):
             if getattr(hook, "hook", hook) in functions:  # torch wraps some
                 del hooks[key]
+
+
+def owners_of_hooks(module: nn.Module, kind: type) -> list[Any]:
+    """The objects of a class whose bound methods are hooks before the forward of a module."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return [owner for owner in owners if isinstance(owner, kind)]
+
+
+def remove_hooks_of(module: nn.Module, owner: Any) -> None:
+    """Removes the hooks around the forward of a module that are methods of an object, in a copy of a module too."""
+    before = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+    behind = (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+    for hooks, *flags in (before, behind):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+            del hooks[key]
+            for flag in flags:
+                flag.pop(key, None)
 
 
 def has_packed_layers(module: nn.Module) -> bool:

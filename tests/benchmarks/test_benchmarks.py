@@ -37,6 +37,12 @@ def test_speed_times_every_method(results_of: Run) -> None:
     assert all(result["wall_ms"][1] > 0 for result in results)
 
 
+def test_a_cached_prefix_is_timed_beside_images(results_of: Run) -> None:
+    results = results_of("frozen_prefix")
+    expected = {(method, kind) for method in ("e2vpt", "lora", "head alone") for kind in ("images", "cached")}
+    assert {(result["trained"], result["method"]) for result in results} == expected
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.processes
 def test_memory_measures_a_forward_pass_and_a_training_step(results_of: Run) -> None:

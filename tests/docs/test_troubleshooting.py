@@ -38,6 +38,7 @@ import peft_e2vpt
 from peft_e2vpt import (
     PruneRewindCallback,
     RecipeCallback,
+    cache_frozen_prefix,
     requirements,
     score_prompts,
     search_pruning,
@@ -521,6 +522,52 @@ def checkpoint_without_head() -> None:
     (HERE / "checkpoint-1" / HEADS_FILE).unlink()
     again = trainer_for(HERE, None, callbacks=(RecipeCallback(),), **SAVED)
     again.train(resume_from_checkpoint="checkpoint-1")
+
+
+class Mirrored(Images):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        return {**item, "pixel_values": torch.where(torch.rand(()) < 0.5, item["pixel_values"], 0.0)}
+
+
+@under("An image cannot be cached: it changes")
+def cached_augmentation() -> None:
+    cache_frozen_prefix(adapted(layers_to_transform=[1]), Mirrored())
+
+
+@under("Nothing is worth caching")
+def cached_first_layer() -> None:
+    cache_frozen_prefix(adapted(), Images())
+
+
+@under("The frozen layers have dropout")
+def cached_dropout() -> None:
+    model = get_peft_model(
+        ViTForImageClassification(ViTConfig(**VIT, hidden_dropout_prob=0.1, num_labels=5)),
+        config_of(layers_to_transform=[1]),
+    )
+    cache_frozen_prefix(model, Images())
+
+
+@under("A model cannot begin behind a cache")
+def cached_dense() -> None:
+    model, _ = checks.adapt("dpt", layers_to_transform=[3])
+    cache_frozen_prefix(model, [{"pixel_values": torch.randn(3, 32, 32)}])
+
+
+@under("The cached hidden states are out of date")
+def cached_other_weights() -> None:
+    model = adapted(layers_to_transform=[1])
+    cached = cache_frozen_prefix(model, Images())
+    with torch.no_grad():
+        model.get_base_model().vit.layers[0].mlp.fc1.bias += 1
+    model(cached[0]["pixel_values"][None])
+
+
+@under("A folder holds the cache of something else")
+def cached_elsewhere() -> None:
+    cache_frozen_prefix(adapted(layers_to_transform=[1]), Images(), folder="cache")
+    cache_frozen_prefix(adapted(layers_to_transform=[1]), Images(seed=1), folder="cache")
 
 
 @under("There is no evaluation set to compare prunings on")
