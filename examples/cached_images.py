@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
@@ -113,15 +114,17 @@ class HiddenStates:
                 folder = self.folder / group / name
                 return cache_frozen_prefix(model, images, data_collator=self.collate, folder=folder)
 
+        half = torch.bfloat16 if self.args.bf16 else torch.float16
         versions = {name: splits[name] for name in kept} | {"mirrored": Mirrored(splits["train"])}
         try:
-            few = [splits["train"][index] for index in range(min(2, len(splits["train"])))]
-            one = cache_frozen_prefix(model, few, data_collator=self.collate).hidden_states[0]
-            size = sum(map(len, versions.values())) * one.nbytes
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if size > shutil.disk_usage(self.folder).free / 2:
-                raise ValueError(f"Hidden states would take {size / 2**30:.1f} GiB of the disk.")
-            found = {name: cache(name, images) for name, images in versions.items()}
+            with torch.autocast(self.args.device.type, half, enabled=self.args.bf16 or self.args.fp16):
+                few = [splits["train"][index] for index in range(min(2, len(splits["train"])))]
+                one = cache_frozen_prefix(model, few, data_collator=self.collate).hidden_states[0]
+                size = sum(map(len, versions.values())) * one.nbytes
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if size > shutil.disk_usage(self.folder).free / 2:
+                    raise ValueError(f"Hidden states would take {size / 2**30:.1f} GiB of the disk.")
+                found = {name: cache(name, images) for name, images in versions.items()}
         except ValueError as error:  # it says why images are better
             uncache_frozen_prefix(model)
             logger.info(f"All layers run in every epoch. {error}")

@@ -88,6 +88,19 @@ if TYPE_CHECKING:
 class RecipeArguments(OwnTrainingArguments, TrainingArguments):
     """`TrainingArguments` with the defaults of this script."""
 
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            on_cpu = self.use_cpu or not torch.accelerator.is_available()
+            self.bf16 = on_cpu and not self.fp16 and cpu_computes_in_bf16()
+            self.use_cpu = self.use_cpu or self.bf16  # which TrainingArguments asks for
+        super().__post_init__()
+
+
+def cpu_computes_in_bf16() -> bool:
+    """Whether the processor multiplies matrices of bfloat16, which it then does faster than those of float32."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
 
 # ---------------------------------------------------------------------------------------------------------- images
 
@@ -512,7 +525,7 @@ def settings_of(model_args: ModelArguments, args: RecipeArguments) -> dict[str, 
         del settings["search"]  # of runs without, no difference to those before there was one
     if Path(settings["model_name_or_path"]).is_dir():
         settings["model_name_or_path"] = str(Path(settings["model_name_or_path"]).resolve())
-    chosen, usual = args.to_dict(), RecipeArguments(use_cpu=args.use_cpu).to_dict()
+    chosen, usual = args.to_dict(), RecipeArguments(use_cpu=args.use_cpu, bf16=False).to_dict()
     ignored = WITHOUT_EFFECT if args.load_best_model_at_end else WITHOUT_EFFECT + WITHOUT_EFFECT_UNLESS_BEST
     for name in (option.name for option in fields(args)):
         if chosen.get(name) != usual.get(name) and not name.startswith(ignored):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 
 class Recipe(NamedTuple):
@@ -151,7 +152,12 @@ class OwnTrainingArguments:
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of all learning rates."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up in steps, or below 1 as a share of them."})
     seed: int = field(default=42, metadata={"help": "Of heads, prompts, batches and whatever else is drawn."})
-    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16, for GPUs."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute in bfloat16. Default: on a CPU that has instructions for it, if not `--bf16 no`."
+        },
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
     save_strategy: str = field(
         default="no", metadata={"help": "Checkpoints, from which a method goes on: `no`, `steps` or `epoch`."}
@@ -180,7 +186,8 @@ class OwnHelp(argparse.RawDescriptionHelpFormatter):
         if not action.option_strings:
             return super()._format_action_invocation(action)
         long = [name for name in action.option_strings if "-" not in name.lstrip("-")]
-        values = "" if action.nargs == 0 or isinstance(action.default, bool) else self._values(action)
+        is_switch = action.nargs == 0 or isinstance(action.default, bool) or action.type is string_to_bool
+        values = "" if is_switch else self._values(action)
         return ", ".join(dict.fromkeys(long or action.option_strings)) + values
 
     def _values(self, action: argparse.Action) -> str:
