@@ -43,6 +43,7 @@ from benchmarks.transfer_tasks import TASKS
 from examples.finetune import load_processor
 from examples.json_lines import append_line, read_lines
 from peft_e2vpt import start_heads
+from peft_e2vpt.training.optimizer import HEAD_LEARNING_RATE, LEARNING_RATE
 
 
 logger = logging.getLogger("quickstart")
@@ -63,6 +64,11 @@ def code_of_readme(unpruned: bool) -> str:
         code, halved = re.subn(r"num_train_epochs=(\d+)", lambda m: f"num_train_epochs={int(m[1]) / 2:g}", code)
         assert removed == halved == 1, code
     return code
+
+
+def digest_of(code: str) -> str:
+    """Tells lines of other code, or of other default learning rates, apart."""
+    return hashlib.sha256(f"{code}{LEARNING_RATE} {HEAD_LEARNING_RATE}".encode()).hexdigest()[:12]
 
 
 def accuracy(model: nn.Module, inputs: Inputs, bf16: bool) -> float:
@@ -197,7 +203,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     args = parse_arguments()
     name = "README, unpruned" if args.unpruned else "README"
-    digests = {"probe": "", name: hashlib.sha256(code_of_readme(args.unpruned).encode()).hexdigest()[:12]}
+    digests = {"probe": "", name: digest_of(code_of_readme(args.unpruned))}
     machine = describe_machine(args)
     for task in [] if args.table else args.tasks:
         check = None

@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs", type=int, default=4, help="Epochs of each of the two trainings.")
     add("--batch_size", type=int, default=16, help="Images per process and forward pass.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Forward passes per optimizer step.")
-    add("--learning_rate", type=float, default=2e-3, help="Of the prompts; the head has one of its own.")
+    add("--learning_rate", type=float, default=6e-3, help="Of the prompts; the head has one of its own.")
     add("--weight_decay", type=float, default=1e-4)
     add("--mixed_precision", default="no", choices=["no", "bf16", "fp16"])
     add("--seed", type=int, default=0)

@@ -64,7 +64,7 @@ class RecipeCallback(TrainerCallback, ExportableState):
 
     Args:
         learning_rate (`float`, *optional*):
-            Of prompts. By default `TrainingArguments.learning_rate`, and 2e-3 where that is 5e-5, the Trainer's own
+            Of prompts. By default `TrainingArguments.learning_rate`, and 6e-3 where that is 5e-5, the Trainer's own
             default. What is neither prompt nor head has that of the `TrainingArguments`.
         kv_learning_rate (`float`, *optional*):
             Of key-value prompts; by default that of the visual ones.

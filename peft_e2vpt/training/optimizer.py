@@ -26,7 +26,7 @@ from .running import trainer_around
 
 logger = logging.get_logger(__name__)
 
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 6e-3
 """The default of visual prompts and key-value prompts, for short and long training."""
 HEAD_LEARNING_RATE = 3e-4
 """The default of the head, which starts as a linear probe on standardised features."""

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+import pytest
 
 from benchmarks import fixed_rate_table
 
@@ -45,3 +48,13 @@ def test_methods_without_a_search_are_left_out():
     tasks = ["digits", "emoji"]
     runs = {name: fixed_rate_table.runs_of(ROWS, name) for name in ("e2vpt", "lora")}
     assert [name for name in runs if fixed_rate_table.searches(runs[name], tasks)] == ["e2vpt"]
+
+
+def test_a_task_that_was_not_run_counts_in_the_figure_with_the_rate_before(tmp_path):
+    rows = [row for row in ROWS if row["method"] == "e2vpt" and (row["task"], row["learning_rate"]) != ("emoji", 1.0)]
+    points = fixed_rate_table.curve(fixed_rate_table.runs_of(rows, "e2vpt"), ["digits", "emoji"])
+    assert points == [(0.1, pytest.approx(45), True), (1.0, pytest.approx(50), False)]
+    results = tmp_path / "results.jsonl"
+    results.write_text("\n".join(json.dumps(row) for row in ROWS))
+    fixed_rate_table.main([str(results), "--chosen_on", "digits", "--figure", str(tmp_path / "rates.png")])
+    assert {path.name for path in tmp_path.glob("*.png")} == {"rates.png", "rates-dark.png"}

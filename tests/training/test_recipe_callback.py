@@ -54,7 +54,7 @@ def messages(caplog):
 @pytest.mark.parametrize(
     ("settings", "learning_rate", "prompts", "kv_prompts", "head"),
     [
-        ({}, 5e-5, 2e-3, 2e-3, 3e-4),  # the Trainer's default is for weights
+        ({}, 5e-5, 6e-3, 6e-3, 3e-4),  # the Trainer's default is for weights
         ({}, 0.5, 0.5, 0.5, 3e-4),
         ({"learning_rate": 0.25}, 0.5, 0.25, 0.25, 3e-4),
         ({"kv_learning_rate": 0.125, "head_learning_rate": 0.25}, 0.5, 0.5, 0.125, 0.25),
