@@ -8,7 +8,7 @@ task of each group, and the test accuracy with it on every other task. "lost" is
 the rate that each task would have chosen for itself on validation images. The second table is the curve behind it: the
 mean test accuracy over all tasks at each rate of the grid. Seed 0, the only one for which all rates are run.
 
-`--figure` draws that curve, once for light and once for dark pages. Dotted lines lead to rates at which a method was not
+`--figure` draws that curve, for light and for dark pages. Dotted lines lead to rates at which a method was not
 run on every task, since it had lost ten points of validation accuracy there at a smaller rate: such a task counts with
 the last rate that was run.
 """
