@@ -6,8 +6,9 @@
 
 The first Python block of README is run with nothing changed but the name of the backbone and the number of classes;
 `train` and `validation` are those of the task, and `args` get a seed and the machine (CPU, bf16 autocast), no setting
-of the training. `--unpruned` leaves the pruning callback and the second half of the epochs out, which takes less than
-a third of the time: what is left is the first part of the run.
+of the training. Two variants tell what its parts are worth: `--variant unpruned` leaves the pruning callback and the
+second half of the epochs out, which takes less than a third of the time; `--variant not-rewound` trains on with the
+values that it has when it prunes.
 
 The linear probe is the head's own start on the plain backbone: logistic regression on standardised features, with the
 weight decay of `start_heads`. No rate is searched, and the validation images serve the search of the pruning alone.
@@ -51,18 +52,22 @@ logger = logging.getLogger("quickstart")
 README = Path(__file__).resolve().parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results" / "quickstart.jsonl"
 SEARCHED = Path(__file__).parent / "results" / "transfer.jsonl"
+VARIANTS = ("unpruned", "not-rewound")
 Row = dict[str, Any]
 
 
-def code_of_readme(unpruned: bool) -> str:
-    """The first Python block of README."""
+def code_of_readme(variant: str = "") -> str:
+    """The first Python block of README, or a variant of it."""
     found = re.search(r"^```python\n(.+?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     assert found is not None
     code = found.group(1)
-    if unpruned:
+    if variant == "unpruned":
         code, removed = re.subn(r",\s*peft_e2vpt\.PruneRewindCallback\(\)", "", code)
         code, halved = re.subn(r"num_train_epochs=(\d+)", lambda m: f"num_train_epochs={int(m[1]) / 2:g}", code)
         assert removed == halved == 1, code
+    if variant == "not-rewound":
+        code, changed = re.subn(r"PruneRewindCallback\(\)", 'PruneRewindCallback(rewind_to="none")', code)
+        assert changed == 1, code
     return code
 
 
@@ -119,7 +124,7 @@ class Check:
 
     def readme(self, seed: int) -> Row:
         """What README's code gives."""
-        code = code_of_readme(self.args.unpruned).replace("google/vit-base-patch16-224-in21k", self.args.model)
+        code = code_of_readme(self.args.variant).replace("google/vit-base-patch16-224-in21k", self.args.model)
         code = re.sub(r"num_labels=\d+", f"num_labels={self.num_labels}", code)
         set_seed(seed)
         of_machine = {
@@ -142,40 +147,43 @@ class Check:
 
 
 def table(rows: list[Row]) -> str:
-    """Accuracy by task in per cent, in brackets the standard error of the difference from the probe."""
+    """Test accuracy by task in per cent, with the number of seeds, and the standard error of the probe's.
+
+    The last lines are means over the tasks for which every column has a value, without and with the searched one.
+    """
     searched = [row for row in read_lines(SEARCHED) if row["method"] == "e2vpt"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     methods.sort(key=lambda method: method != "probe")
     lines = [
-        f"| task | seeds | {' | '.join(methods)} | standard error | searched rate (suite) |",
-        "|---|" + "---:|" * (len(methods) + 3),
+        f"| task | {' | '.join(methods)} | standard error | searched rate (suite) |",
+        "|---|" + "---:|" * (len(methods) + 2),
     ]
-    means: dict[str, list[float]] = {}
+    found: dict[str, list[float | None]] = {}
     for task in dict.fromkeys(row["task"] for row in rows):
-        cells = []
         of_task = [row for row in rows if row["task"] == task]
-        for method in methods:
-            values = [100 * row["test_accuracy"] for row in of_task if row["method"] == method]
-            if values:
-                means.setdefault(method, []).append(statistics.mean(values))
-            cells.append(f"{statistics.mean(values):.1f}" if values else "")
+        by_method = [[100 * row["test_accuracy"] for row in of_task if row["method"] == method] for method in methods]
+        suite = suite_accuracy([row for row in searched if row["task"] == task])
+        found[task] = [*(statistics.mean(values) if values else None for values in by_method), suite]
+        cells = [f"{statistics.mean(values):.1f} ({len(values)})" if values else "" for values in by_method]
         share = statistics.mean(row["test_accuracy"] for row in of_task if row["method"] == "probe")
         error = 100 * (share * (1 - share) / of_task[0]["test_images"]) ** 0.5
-        found = suite_accuracy([row for row in searched if row["task"] == task])
-        seeds = len({row["seed"] for row in of_task})
-        lines.append(f"| {task} | {seeds} | {' | '.join(cells)} | {error:.1f} | {found} |")
-    mean = " | ".join(f"{statistics.mean(means[method]):.1f}" for method in methods)
-    lines.append(f"| mean | | {mean} | | |")
+        lines.append(f"| {task} | {' | '.join(cells)} | {error:.1f} | {'' if suite is None else f'{suite:.1f}'} |")
+    for columns in (slice(0, -1), slice(0, None)):
+        complete = [values[columns] for values in found.values() if None not in values[columns]]
+        if complete:
+            means = [f"{statistics.mean(column):.1f}" for column in zip(*complete, strict=True)]  # type: ignore[arg-type]
+            means[len(methods) :] = ["", *(means[len(methods) :] or [""])]
+            lines.append(f"| mean of {len(complete)} | {' | '.join(means)} |")
     return "\n".join(lines)
 
 
-def suite_accuracy(rows: list[Row]) -> str:
+def suite_accuracy(rows: list[Row]) -> float | None:
     """The mean over seeds of the suite's E2VPT at the learning rate that was best on validation images."""
     first = [row for row in rows if row["seed"] == 0]
     if not first:
-        return ""
+        return None
     rate = max(first, key=lambda row: row["validation_accuracy"])["learning_rate"]
-    return f"{statistics.mean(100 * row['test_accuracy'] for row in rows if row['learning_rate'] == rate):.1f}"
+    return statistics.mean(100 * row["test_accuracy"] for row in rows if row["learning_rate"] == rate)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -186,7 +194,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--unpruned", action="store_true", help="Without pruning, in half of the epochs.")
+    parser.add_argument(
+        "--variant", choices=VARIANTS, default="", help="What to change in the code. Default: nothing."
+    )
     parser.add_argument("--float32", dest="bf16", action="store_false", help="Train in float32, not bf16 autocast.")
     parser.add_argument("--table", action="store_true", help="Run nothing, and print the table of the results.")
     args = parser.parse_args()
@@ -202,13 +212,13 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     transformers_logging.set_verbosity_error()
     args = parse_arguments()
-    name = "README, unpruned" if args.unpruned else "README"
-    digests = {"probe": "", name: digest_of(code_of_readme(args.unpruned))}
+    codes = {f"README, {v}" if v else "README": digest_of(code_of_readme(v)) for v in ("", *VARIANTS)}
+    name = f"README, {args.variant}" if args.variant else "README"
     machine = describe_machine(args)
     for task in [] if args.table else args.tasks:
         check = None
         for seed in args.seeds:
-            for method, digest in digests.items():
+            for method, digest in (("probe", ""), (name, codes[name])):
                 identity = {"task": task, "method": method, "seed": seed, "code": digest}
                 if any(identity.items() <= row.items() for row in read_lines(args.results)):
                     continue
@@ -219,7 +229,8 @@ def main() -> None:
                 row = {**identity, **measured, "test_images": len(check.test), "cpu_seconds": round(cpu, 1)}
                 append_line(args.results, {**row, "date": time.strftime("%Y-%m-%d"), **machine})
                 logger.info("%s, %s, seed %d: test %.3f, %.0f s", task, method, seed, row["test_accuracy"], cpu)
-    shown = [row for row in read_lines(args.results) if row["code"] in digests.values() and row["task"] in args.tasks]
+    current = {"", *codes.values()}
+    shown = [row for row in read_lines(args.results) if row["code"] in current and row["task"] in args.tasks]
     print(table(shown))
 
 

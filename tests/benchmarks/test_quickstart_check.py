@@ -21,16 +21,17 @@ def line(task: str, method: str, seed: int, accuracy: float) -> dict[str, Any]:
 
 
 def test_the_code_is_that_of_readme():
-    code = quickstart_check.code_of_readme(unpruned=False)
+    code = quickstart_check.code_of_readme()
     assert code in quickstart_check.README.read_text("utf-8") and code.startswith("import peft_e2vpt")
     assert code.count("google/vit-base-patch16-224-in21k") == code.count("num_labels=") == 1
     assert "RecipeCallback()" in code and "learning_rate" not in code
 
 
 def test_without_pruning_the_first_half_is_left():
-    pruned, unpruned = (quickstart_check.code_of_readme(unpruned) for unpruned in (False, True))
+    pruned, unpruned = quickstart_check.code_of_readme(), quickstart_check.code_of_readme("unpruned")
     assert "PruneRewindCallback" in pruned and "PruneRewindCallback" not in unpruned
     assert "num_train_epochs=8" in pruned and "num_train_epochs=4" in unpruned
+    assert 'PruneRewindCallback(rewind_to="none")' in quickstart_check.code_of_readme("not-rewound")
 
 
 def test_the_table_shows_means_over_seeds_and_the_standard_error(monkeypatch):
@@ -38,16 +39,22 @@ def test_the_table_shows_means_over_seeds_and_the_standard_error(monkeypatch):
     searched = [{**line("digits", "e2vpt", 0, 0.5), "learning_rate": 1, "validation_accuracy": 1}]
     monkeypatch.setattr(quickstart_check, "read_lines", lambda path: searched)
     table = quickstart_check.table([*rows, line("digits", "probe", 0, 0.8)])
-    assert table.splitlines()[2] == "| digits | 2 | 80.0 | 95.0 | 4.0 | 50.0 |"
-    assert table.splitlines()[3] == "| mean | | 80.0 | 95.0 | | |"
+    assert table.splitlines()[2] == "| digits | 80.0 (1) | 95.0 (2) | 4.0 | 50.0 |"
+    assert table.splitlines()[3:] == ["| mean of 1 | 80.0 | 95.0 |  |  |", "| mean of 1 | 80.0 | 95.0 |  | 50.0 |"]
+
+
+def test_a_mean_is_that_of_the_tasks_that_all_columns_have(monkeypatch):
+    rows = [line("digits", "probe", 0, 0.8), line("solar", "probe", 0, 0.6), line("solar", "README", 0, 0.7)]
+    monkeypatch.setattr(quickstart_check, "read_lines", lambda path: [])
+    assert quickstart_check.table(rows).splitlines()[-1] == "| mean of 1 | 60.0 | 70.0 |  |  |"
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("unpruned", [True, False])
-def test_readme_runs_on_a_task(tmp_path, monkeypatch, unpruned):
+@pytest.mark.parametrize("variant", ["", "unpruned", "not-rewound"])
+def test_readme_runs_on_a_task(tmp_path, monkeypatch, variant):
     Dinov2Model(Dinov2Config(**DINOV2)).save_pretrained(tmp_path)
     check = quickstart_check.Check.__new__(quickstart_check.Check)
-    check.args = argparse.Namespace(model=str(tmp_path), bf16=False, unpruned=unpruned)
+    check.args = argparse.Namespace(model=str(tmp_path), bf16=False, variant=variant)
     check.num_labels = 3
     images = [torch.randn(count, 3, 32, 32) for count in (24, 8, 9)]
     splits = [Inputs(pixels, (torch.arange(len(pixels)) % 3).tolist()) for pixels in images]
@@ -59,5 +66,5 @@ def test_readme_runs_on_a_task(tmp_path, monkeypatch, unpruned):
     assert 0 <= row["test_accuracy"] <= 1 and row["trained"] > 0
     assert trained[0].args.seed == 3
     reports = [c.report for c in trained[0].callback_handler.callbacks if isinstance(c, PruneRewindCallback)]
-    assert [report is not None for report in reports] == ([] if unpruned else [True])
+    assert [report is not None for report in reports] == ([] if variant == "unpruned" else [True])
     assert 0 <= check.probe(seed=3)["test_accuracy"] <= 1
