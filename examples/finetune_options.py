@@ -21,17 +21,17 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "linear": Recipe(learning_rate=0.0, head_learning_rate=3e-4),  # trains the head only
-    "e2vpt": Recipe(learning_rate=2e-3, head_learning_rate=3e-4),
-    "e2vpt-pruned": Recipe(learning_rate=2e-3, head_learning_rate=3e-4),
-    "vpt-deep": Recipe(learning_rate=2e-3, head_learning_rate=3e-4),
-    "vpt-shallow": Recipe(learning_rate=2e-3, head_learning_rate=3e-4),
+    "e2vpt": Recipe(learning_rate=6e-3, head_learning_rate=3e-4),
+    "e2vpt-pruned": Recipe(learning_rate=6e-3, head_learning_rate=3e-4),
+    "vpt-deep": Recipe(learning_rate=6e-3, head_learning_rate=3e-4),
+    "vpt-shallow": Recipe(learning_rate=6e-3, head_learning_rate=3e-4),
     "lora": Recipe(learning_rate=1e-3, head_learning_rate=3e-4),
     "full": Recipe(learning_rate=3e-5, head_learning_rate=3e-4),
 }
 EXAMPLES = """\
 examples:
   python examples/finetune.py
-      a ViT-S/14 and photographs of solar cells from Python packages: no network, no GPU, four minutes of CPU time
+      a ViT-S/14 and photographs of solar cells from Python packages: no network, no GPU, about two minutes
   python examples/finetune.py --train_dir images
       your own images, images/CLASS/IMAGE.jpg, on the same backbone
   python examples/finetune.py --train_dir images --model_name_or_path facebook/dinov2-base --method linear e2vpt

@@ -159,7 +159,7 @@ def test_a_method_is_trained_as_in_its_best_trial_to_the_bit_and_the_first_trial
     assert "searched" not in run(search=None)
     assert watch.trainings[-1] == of_trials[0]
     assert list(result["trials"][0]["settings"]) == EVERY_E2VPT
-    assert set(result["trials"][0]["settings"].values()) == {2e-3, 3e-4, 10, 5, "all"}
+    assert set(result["trials"][0]["settings"].values()) == {6e-3, 3e-4, 10, 5, "all"}
 
 
 def test_a_search_sees_validation_images_alone_and_says_each_trial_on_a_line(run, watch):
