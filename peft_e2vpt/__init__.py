@@ -22,9 +22,9 @@ from .pruning.rewinding import redraw, rewind, trained_tensors
 from .pruning.search import PruningSearch, search_pruning
 from .registration import register
 from .training.callback import RecipeCallback
-from .training.frozen_prefix import cache_frozen_prefix, uncache_frozen_prefix
 from .training.head_start import fold_heads, start_heads
 from .training.optimizer import create_e2vpt_optimizer, parameter_groups, warn_in_a_trainer
+from .training.prefix import cache_frozen_prefix, uncache_frozen_prefix
 from .tuner.config import E2VPTConfig
 from .tuner.layer import E2VPTLayer
 from .tuner.model import E2VPTModel

@@ -2,9 +2,9 @@
 """The recipe: heads that start as linear probes on standardised features, and learning rates by part."""
 
 from .callback import RecipeCallback
-from .frozen_prefix import cache_frozen_prefix, uncache_frozen_prefix
 from .head_start import HeadStart, fold_heads, start_heads
 from .optimizer import create_e2vpt_optimizer, parameter_groups
+from .prefix import cache_frozen_prefix, uncache_frozen_prefix
 
 
 __all__ = [

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import DPTConfig, DPTForSemanticSegmentation, SegformerConfig, SegformerForSemanticSegmentation
 
 from peft_e2vpt import E2VPTConfig, PruneRewindCallback, RecipeCallback, cache_frozen_prefix, uncache_frozen_prefix
-from peft_e2vpt.training import prefix_pass
-from peft_e2vpt.training.prefix_storage import NOTE, VALUES
+from peft_e2vpt.training.prefix import passing
+from peft_e2vpt.training.prefix.storage import NOTE, VALUES
 from tests.support import zoo
 from tests.support import zoo_checks as checks
 from tests.support.models import NUM_LABELS, VIT, build
@@ -273,7 +273,7 @@ def test_a_failed_pass_leaves_nothing():
     cached = batch_of(cache_frozen_prefix(model, data))
     with pytest.raises(ValueError):
         model(pixel_values=cached["pixel_values"], labels=torch.zeros(5, dtype=torch.long))
-    assert not prefix_pass._passes.running and not prefix_pass._running.any
+    assert not passing._passes.running and not passing._running.any
     assert torch.equal(model(**batch_of(data)).logits, expected)
 
 
@@ -365,7 +365,7 @@ def test_a_folder_is_read_again_by_a_later_run(tmp_path, monkeypatch, caplog):
     data = images()
     first = cache_frozen_prefix(adapted("vit", **LAST), data, folder=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [NOTE, VALUES, "other_inputs.pt"]
-    monkeypatch.setattr("peft_e2vpt.training.frozen_prefix._fill", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("peft_e2vpt.training.prefix.caching._fill", lambda *_: pytest.fail("computed again"))
     model = adapted("vit", **LAST)
     with caplog.at_level(logging.INFO, logger="peft_e2vpt"):
         second = cache_frozen_prefix(model, data, folder=tmp_path)
@@ -596,7 +596,7 @@ def test_a_prefix_that_has_changed_is_noticed(change, reason):
     change(model)
     with pytest.raises(RuntimeError, match=f"no longer those of the model: .*{reason}"):
         model(**batch_of(cached))
-    assert not prefix_pass._passes.running and not prefix_pass._running.any
+    assert not passing._passes.running and not passing._running.any
     model(**batch_of(data))
 
 
@@ -613,6 +613,25 @@ def test_a_second_dataset_has_images_of_the_same_size():
     small = Items([{"pixel_values": torch.randn(3, 24, 32).double()}] * 2)
     with pytest.raises(ValueError, match=r"a cache already, for images of shape \[3, 32, 32\]"):
         cache_frozen_prefix(model, small)
+
+
+def test_a_second_dataset_is_refused_where_the_first_one_is_stale():
+    model, data = adapted("vit", **LAST), images()
+    cache_frozen_prefix(model, data)
+    load(model)
+    with pytest.raises(ValueError, match="a cache already, which does not fit any more: its weights are others now"):
+        cache_frozen_prefix(model, data)
+
+
+def test_a_search_that_is_interrupted_leaves_nothing(monkeypatch):
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = adapted("vit", **LAST)
+    monkeypatch.setattr("peft_e2vpt.training.prefix.proof.Proof.why_wrong", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache_frozen_prefix(model, images())
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.compile

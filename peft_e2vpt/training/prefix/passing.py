@@ -7,27 +7,25 @@ do not see each other's passes, and nothing is left when a pass fails.
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .._compat import forward_slot, owners_of_hooks, packed_weights, remove_hooks_of
-from ..backbones.sites import WeakModule
-from ..tuner.layer import E2VPTLayer
-from .prefix_trace import Cut, NoCut, Reached, Returned, leaves_of, modules_in, with_leaves
+from ..._compat import forward_slot, owners_of_hooks, remove_hooks_of
+from ...backbones.sites import WeakModule
+from .outputs import NoCut, Returned, leaves_of, with_leaves
+from .trace import Cut, Reached
+from .weights import checksum_of, versions_of, what_changes
 
 
 class _Pass:
     """A forward pass of a model with a frozen prefix; without hidden states it runs as if there were no cache."""
 
-    def __init__(self, prefix: FrozenPrefix) -> None:
-        self.prefix = prefix
-        self.hidden: Tensor | None = None
+    def __init__(self, prefix: FrozenPrefix, hidden: Tensor | None) -> None:
+        self.prefix, self.hidden = prefix, hidden
         self.calls: dict[int, int] = {}
 
 
@@ -174,15 +172,18 @@ class FrozenPrefix:
                 "A model that DataParallel has copied to several GPUs takes images, not the hidden states that "
                 "cache_frozen_prefix has cached: start one process a GPU (torchrun), or train on the images."
             )
-        self._check_that_prefix_is_the_same()
+        reason = self.why_stale(trains=torch.is_grad_enabled())
+        if reason is not None:
+            raise RuntimeError(
+                f"The hidden states that cache_frozen_prefix has cached are no longer those of the model: {reason}. "
+                "Call uncache_frozen_prefix(model), and cache anew or train on the images."
+            )
         nothing = torch.full((), torch.nan, dtype=self._raw_dtype, device=hidden.device)
         return nothing.expand(len(hidden), *self.raw_shape)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _push(self, hidden: Tensor | None) -> None:
-        current = _Pass(self)
-        current.hidden = hidden
-        _passes.running.append(current)
+        _passes.running.append(_Pass(self, hidden))
         _running.add(hidden is not None)
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -254,76 +255,24 @@ class FrozenPrefix:
                 handle.remove()
         raise RuntimeError(f"{self.last_module} did not run, so its output cannot be cached.")
 
-    def _checksum_now(self) -> str:
-        """Tells the weights and buffers of the prefix."""
-        digest = hashlib.blake2b(digest_size=16)
-        for module in self.skipped:
-            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-                for part in _plain_parts(tensor):
-                    digest.update(_bytes_of(part))
-            for tensor in packed_weights(module):
-                digest.update(_bytes_of(tensor.int_repr() if tensor.is_quantized else tensor))
-        return digest.hexdigest()
-
     def note_weights(self) -> None:
         """Notes the weights that the cached hidden states were computed with."""
-        self.checksum = self._checksum_now()
-        self._versions = self._versions_now()
+        self.checksum = checksum_of(self.skipped)
+        self._versions = versions_of(self.skipped)
 
-    def _versions_now(self) -> dict[Tensor, int]:
-        return {p: p._version for module in self.skipped for p in module.parameters()}
-
-    def _check_that_prefix_is_the_same(self) -> None:
-        """Makes sure that the prefix gives now what was cached.
-
-        Raises:
-            RuntimeError: its weights have changed, or require gradients, or an adapter has come into it.
-        """
-        reason = what_changes(self._model(), self.skipped, trains=torch.is_grad_enabled())
-        if reason is None and self.checksum:
-            versions = self._versions_now()
-            if versions != self._versions:
-                if self._checksum_now() != self.checksum:
-                    reason = "its weights are others now"
-                self._versions = versions if reason is None else self._versions
-        if reason is not None:
-            raise RuntimeError(
-                f"The hidden states that cache_frozen_prefix has cached are no longer those of the model: {reason}. "
-                "Call uncache_frozen_prefix(model), and cache anew or train on the images."
-            )
+    def why_stale(self, trains: bool = True) -> str | None:
+        """Why the prefix does not give what was cached, if it does not: other weights, training, an adapter in it."""
+        reason = what_changes(self._model(), self.skipped, trains)
+        versions = versions_of(self.skipped)
+        if reason is not None or not self.checksum or versions == self._versions:
+            return reason
+        if checksum_of(self.skipped) != self.checksum:
+            return "its weights are others now"
+        self._versions = versions
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_versions": {}}  # parameters of a copy count their changes anew
-
-
-def what_changes(model: nn.Module, skipped: list[nn.Module], trains: bool = True) -> str | None:
-    """Why a prefix gives other hidden states from step to step, or may: what trains in it, or adapters in it."""
-    parts = set(modules_in(skipped))
-    held = {p for part in parts for p in part._parameters.values() if p is not None and p.requires_grad}
-    if held and trains:
-        return f"{next(path for path, p in model.named_parameters() if p in held)} trains"
-    for path, module in model.named_modules():
-        inside = module.site.block in parts if isinstance(module, E2VPTLayer) else module in parts
-        if inside and isinstance(module, BaseTunerLayer):
-            return f"it has layers of an adapter ({path})"
-    return None
-
-
-def _plain_parts(tensor: Any) -> Iterator[Tensor]:
-    """A tensor, or those that one of a library of quantisation is made of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        part = getattr(tensor, name)
-        if isinstance(part, Tensor):
-            yield from _plain_parts(part)
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    plain = tensor.detach().cpu().contiguous()
-    return plain.flatten().view(torch.uint8).numpy().data if plain.numel() else b""
 
 
 def prefix_of(model: nn.Module) -> FrozenPrefix | None:

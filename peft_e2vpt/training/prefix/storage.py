@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Store:
     def __init__(self, count: int, like: Tensor, folder: Path | None) -> None:
         self.folder = folder
         size = (count, *like.shape[1:])
-        self._unfinished = {}
+        self._unfinished: dict[str, Path] = {}
         if folder is None:
             self.values = torch.empty(size, dtype=like.dtype)
             return
@@ -75,10 +76,7 @@ class Store:
 
 
 def _mapped(path: Path, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    count = 1
-    for length in size:
-        count *= length
-    return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(size)
+    return torch.from_file(str(path), shared=True, size=math.prod(size), dtype=dtype).view(size)
 
 
 def stored(folder: Path, name: str, note: dict[str, Any], like: Tensor) -> CachedDataset | None:
@@ -106,9 +104,7 @@ def stored(folder: Path, name: str, note: dict[str, Any], like: Tensor) -> Cache
             f"{folder} holds the hidden states of another model or dataset (other {', '.join(different)}). {ADVICE}"
         )
     size = (int(note["images"]), *like.shape[1:])
-    expected = like[:0].element_size()
-    for length in size:
-        expected *= length
+    expected = math.prod(size) * like.element_size()
     values = folder / VALUES
     length = values.stat().st_size if values.exists() else 0
     if length != expected or not (folder / OTHERS).exists():
