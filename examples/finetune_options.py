@@ -154,9 +154,7 @@ class OwnTrainingArguments:
     seed: int = field(default=42, metadata={"help": "Of heads, prompts, batches and whatever else is drawn."})
     bf16: bool | None = field(
         default=None,
-        metadata={
-            "help": "Compute in bfloat16. Default: on a CPU that has instructions for it, if not `--bf16 no`."
-        },
+        metadata={"help": "Compute in bfloat16. Default: on a CPU that has instructions for it, if not `--bf16 no`."},
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
     save_strategy: str = field(
