@@ -79,20 +79,6 @@ def fixed_table(rows: list[Row], methods: list[str], chosen_on: list[str], other
     return "\n".join(lines)
 
 
-def curve_table(rows: list[Row], methods: list[str], tasks: list[str]) -> str:
-    """A line per method: the mean test accuracy over all tasks at each rate, where all were run."""
-    rates = sorted({rate for method in methods for rate in runs_of(rows, method)})
-    lines = [f"| method | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---|" + "---:|" * len(rates)]
-    for method in methods:
-        runs = runs_of(rows, method)
-        cells = []
-        for rate in rates:
-            values = [100 * runs[rate][task]["test_accuracy"] for task in tasks if task in runs.get(rate, {})]
-            cells.append(f"{statistics.mean(values):.1f}" if len(values) == len(tasks) else "")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def curve(runs: Runs, tasks: list[str]) -> list[tuple[float, float, bool]]:
     """Rates, mean test accuracies in per cent, and whether all tasks were run; others count with the rate before."""
     last: dict[str, float] = {}
@@ -103,6 +89,16 @@ def curve(runs: Runs, tasks: list[str]) -> list[tuple[float, float, bool]]:
             complete = all(task in of_rate for task in tasks)
             points.append((rate, statistics.mean(last[task] for task in tasks), complete))
     return points
+
+
+def curve_table(rows: list[Row], methods: list[str], tasks: list[str]) -> str:
+    """A line per method: the mean test accuracy over all tasks at each rate, where all were run."""
+    rates = sorted({rate for method in methods for rate in runs_of(rows, method)})
+    lines = [f"| method | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---|" + "---:|" * len(rates)]
+    for method in methods:
+        values = {rate: f"{value:.1f}" for rate, value, complete in curve(runs_of(rows, method), tasks) if complete}
+        lines.append(f"| {method} | {' | '.join(values.get(rate, '') for rate in rates)} |")
+    return "\n".join(lines)
 
 
 def plot_curves(rows: list[Row], methods: list[str], tasks: list[str]) -> Figure:

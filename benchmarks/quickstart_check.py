@@ -40,7 +40,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, set_seed
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.transfer import Inputs, describe_machine
+from benchmarks.transfer import Inputs, chosen_rate, describe_machine
 from benchmarks.transfer_tasks import TASKS
 from examples.finetune import load_processor
 from examples.json_lines import append_line, read_lines
@@ -184,7 +184,7 @@ def suite_accuracy(rows: list[Row]) -> float | None:
     first = [row for row in rows if row["seed"] == 0]
     if not first:
         return None
-    rate = max(first, key=lambda row: row["validation_accuracy"])["learning_rate"]
+    rate = chosen_rate(first)
     return statistics.mean(100 * row["test_accuracy"] for row in rows if row["learning_rate"] == rate)
 
 

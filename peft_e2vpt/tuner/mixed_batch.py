@@ -39,8 +39,8 @@ class _Passes(threading.local):
     choice: Choice | None = None
 
 
-class _MixedPasses:
-    """Whether any thread runs a mixed batch: torch.compile guards this, and nothing that is local to a thread."""
+class RunningPasses:
+    """Whether any thread runs a pass of a kind: torch.compile guards this, and nothing that is local to a thread."""
 
     def __init__(self) -> None:
         self.any = False
@@ -53,7 +53,7 @@ class _MixedPasses:
             self.any = self._count > 0
 
 
-_passes, _mixed_passes = _Passes(), _MixedPasses()
+_passes, _mixed_passes = _Passes(), RunningPasses()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

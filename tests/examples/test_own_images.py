@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from tests.support.own_images import draw_images, save_tiny_vit
+from tests.support.own_images import draw_images, save_tiny_vit, script_runner
 from tests.support.paths import EXAMPLES
 
 
@@ -53,27 +53,11 @@ def quiet_again():
 def run(tiny_vit, images, tmp_path, monkeypatch, capsys):
     """Runs the script in this process and returns what it prints; options given here replace the usual ones."""
 
-    def finetune(*flags: str, **options: object) -> str:
-        usual = {
-            "model_name_or_path": tiny_vit, "train_dir": images, "output_dir": tmp_path / "run",
-            "method": "linear e2vpt", "max_steps": 2, "per_device_train_batch_size": 4, "train_val_split": 0.34,
-        }  # fmt: skip
-        arguments = ["finetune.py", "--use_cpu", *flags]
-        for name, value in {**usual, **options}.items():
-            if value is not None:
-                arguments += [f"--{name}", *(value.split() if name == "method" else [str(value)])]
-        monkeypatch.setattr(sys, "argv", arguments)
-        capsys.readouterr()
-        try:
-            script.main()
-        except SystemExit as stop:
-            finetune.code = stop.code if isinstance(stop.code, int) else 1
-            text = "" if isinstance(stop.code, int) else str(stop.code)
-        else:
-            finetune.code, text = 0, ""
-        return "".join(capsys.readouterr()) + text
-
-    return finetune
+    usual = {
+        "model_name_or_path": tiny_vit, "train_dir": images, "output_dir": tmp_path / "run",
+        "method": "linear e2vpt", "max_steps": 2, "per_device_train_batch_size": 4, "train_val_split": 0.34,
+    }  # fmt: skip
+    return script_runner(script, usual, monkeypatch, capsys)
 
 
 def methods(folder: Path) -> list[str]:

@@ -7,7 +7,6 @@ import gc
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from tests.support.own_images import draw_images, save_tiny_vit
+from tests.support.own_images import draw_images, save_tiny_vit, script_runner
 
 
 pytest.importorskip("datasets")
@@ -106,26 +105,11 @@ def watch(monkeypatch) -> Watch:
 def run(tiny_vit, images, tmp_path, monkeypatch, capsys):
     """Runs the script in this process and returns what it prints; options given here replace the usual ones."""
 
-    def finetune(*flags: str, **options: object) -> str:
-        usual = {
-            "model_name_or_path": tiny_vit, "train_dir": images, "output_dir": tmp_path / "run", "method": "e2vpt",
-            "num_train_epochs": 2, "per_device_train_batch_size": 8, "search": 3, "logging_steps": 1,
-        }  # fmt: skip
-        arguments = ["finetune.py", "--use_cpu", *flags]
-        for name, value in {**usual, **options}.items():
-            if value is not None:
-                arguments += [f"--{name}", *(value.split() if name == "method" else [str(value)])]
-        monkeypatch.setattr(sys, "argv", arguments)
-        capsys.readouterr()
-        try:
-            script.main()
-        except SystemExit as stop:
-            finetune.code, text = (stop.code, "") if isinstance(stop.code, int) else (1, str(stop.code))
-        else:
-            finetune.code, text = 0, ""
-        return "".join(capsys.readouterr()) + text
-
-    return finetune
+    usual = {
+        "model_name_or_path": tiny_vit, "train_dir": images, "output_dir": tmp_path / "run", "method": "e2vpt",
+        "num_train_epochs": 2, "per_device_train_batch_size": 8, "search": 3, "logging_steps": 1,
+    }  # fmt: skip
+    return script_runner(script, usual, monkeypatch, capsys)
 
 
 def found(folder: Path, method: str = "e2vpt") -> dict[str, Any]:

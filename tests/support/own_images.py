@@ -4,8 +4,13 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
 
 
@@ -35,3 +40,29 @@ def save_tiny_vit(folder: Path) -> Path:
     processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
+
+
+def script_runner(
+    script: ModuleType, usual: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Makes what runs `finetune.py` in this process and returns what it prints; its exit status is `code`.
+
+    Options given to it replace the usual ones, `None` leaves one out.
+    """
+
+    def finetune(*flags: str, **options: object) -> str:
+        arguments = ["finetune.py", "--use_cpu", *flags]
+        for name, value in {**usual, **options}.items():
+            if value is not None:
+                arguments += [f"--{name}", *(value.split() if name == "method" else [str(value)])]
+        monkeypatch.setattr(sys, "argv", arguments)
+        capsys.readouterr()
+        try:
+            script.main()
+        except SystemExit as stop:
+            finetune.code, text = (stop.code, "") if isinstance(stop.code, int) else (1, str(stop.code))
+        else:
+            finetune.code, text = 0, ""
+        return "".join(capsys.readouterr()) + text
+
+    return finetune

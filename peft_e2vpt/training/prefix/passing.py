@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..._compat import forward_slot, owners_of_hooks, remove_hooks_of
 from ...backbones.sites import WeakModule
+from ...tuner.mixed_batch import RunningPasses
 from .outputs import NoCut, Returned, leaves_of, with_leaves
 from .trace import Cut, Reached
 from .weights import checksum_of, versions_of, what_changes
@@ -34,21 +35,7 @@ class _Passes(threading.local):
         self.running: list[_Pass] = []
 
 
-class _Running:
-    """Whether any thread runs a pass with hidden states: torch.compile guards this, and nothing local to a thread."""
-
-    def __init__(self) -> None:
-        self.any = False
-        self._count = 0
-        self._lock = threading.Lock()
-
-    def add(self, number: int) -> None:
-        with self._lock:
-            self._count += number
-            self.any = self._count > 0
-
-
-_passes, _running = _Passes(), _Running()
+_passes, _running = _Passes(), RunningPasses()
 
 
 def _hidden_states_for(prefix: FrozenPrefix) -> _Pass | None:
