@@ -34,7 +34,7 @@ from tests.support.processes import launch, torchrun
 from tests.support.sharded_worker import assert_same_run
 from tests.support.sharded_worker import run as sharded_run
 from tests.support.training import HALF, Images, adapted, assert_same_bits
-from tests.support.worker import heads, recipe, run, scores_and_search, sharded
+from tests.support.worker import heads, last_layer, recipe, run, scores_and_search, sharded
 
 
 pytestmark = pytest.mark.processes
@@ -108,6 +108,13 @@ def test_the_gates_are_those_of_one_process(ranks: Ranks, tmp_path: Path) -> Non
     torch.testing.assert_close(scores, expected, rtol=1e-6, atol=0)
     assert_close(two["boundary"], alone["boundary"])
     assert_close(two["state"], alone["state"])
+
+
+def test_hidden_states_that_one_process_has_cached_train_all_as_images_do(ranks: Ranks, tmp_path: Path) -> None:
+    alone = last_layer(tmp_path, 1, cached=False)
+    for rank in ranks:
+        assert rank["cached"]["report"].token_gates == alone["report"].token_gates
+        assert_close(rank["cached"]["state"], alone["state"])
 
 
 @pytest.mark.parametrize("step", [15, 10, 5])

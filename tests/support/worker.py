@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +26,7 @@ from peft_e2vpt import (
     PruneRewindCallback,
     RecipeCallback,
     apply_gates,
+    cache_frozen_prefix,
     fold_heads,
     prune,
     rewind,
@@ -127,17 +130,29 @@ def recipe(folder: Path, processes: int, resume: int | None = None) -> dict[str,
     return run(folder, processes, pruning, resume, callbacks=(RecipeCallback(),), **SAVING)
 
 
+def last_layer(folder: Path, processes: int, cached: bool) -> dict[str, Any]:
+    """A pruned run with prompts in the last layer; hidden states before it are written by one process, read by all."""
+    model = adapted(dtype=torch.float64, visual_prompt_dropout=0.0, layers_to_transform=[1])
+    found = {name: PLAIN[name] for name in ("train_dataset", "eval_dataset")}
+    if cached:
+        with PartialState().main_process_first():
+            found = {n: cache_frozen_prefix(model, images, folder=folder / n) for n, images in found.items()}
+    return run(folder / "run", processes, PruneRewindCallback(**HALF), model=model, **found)
+
+
 def run(
     folder: Path,
     processes: int,
     callback: PruneRewindCallback,
     resume: int | None = None,
     dropout: float = 0.0,
+    model: PeftModel | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """A training with 4 samples a step, whatever the number of processes; pruned after 10 of 20 steps."""
     watch = Watch()
-    model = adapted(dtype=torch.float64, visual_prompt_dropout=dropout, **({"seed": 9} if resume else {}))
+    if model is None:
+        model = adapted(dtype=torch.float64, visual_prompt_dropout=dropout, **({"seed": 9} if resume else {}))
     distributed = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False} if processes > 1 else {}
     trainer: Trainer = trainer_for(
         folder,
@@ -176,6 +191,7 @@ def main(out: Path) -> None:
     found["recipe"] = recipe(out / "recipe", 2)
     dist.barrier()
     found["recipe resumed"] = recipe(out / "recipe", 2, 5)
+    found["cached"] = last_layer(out / "cached", 2, cached=True)
     bare = PruneRewindCallback(5, "steps", prune_tokens=1.0, min_tokens=0)
     found["bare"] = run(out / "bare", 2, bare, max_steps=8)
     torch.save(found, out / f"rank{rank}.pt")
