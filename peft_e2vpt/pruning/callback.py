@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..training.callback import begin_recipes
 from ..training.optimizer import warn_of_small_rates
-from ..training.running import resumed_checkpoint, running_trainer, written_checkpoint
+from ..training.running import output_folder, resumed_checkpoint, running_trainer, written_checkpoint
 from .arguments import PruningArguments
 from .optimizer_start import OptimizerStart, evaluated_values
 from .phases import prune_and_rewind
@@ -104,8 +104,9 @@ class PruneRewindCallback(PruningArguments, TrainerCallback, ExportableState):
 
     Attributes:
         report: the `PruningReport` once the model is pruned, before that `None`. It is saved as `pruning_report.json`
-            in the output folder and in every later checkpoint, where it also is for a run that is resumed with
-            `restore_callback_states_from_checkpoint`, in which the Trainer works with a copy of the callback.
+            in the output folder, that of the trial in a search, and in every later checkpoint, where it also is for a
+            run that is resumed with `restore_callback_states_from_checkpoint`, in which the Trainer works with a copy
+            of the callback.
 
     Raises:
         TypeError: at construction; an amount is neither a ratio nor a number, or `quality` is of a wrong type.
@@ -157,7 +158,7 @@ class PruneRewindCallback(PruningArguments, TrainerCallback, ExportableState):
             folders = (folder, folder.parent)  # older checkpoints have it beside them
             self.report = PruningReport.load(next((f for f in folders if (f / REPORT_NAME).exists()), folder))
             if trainer.is_world_process_zero():
-                self.report.save(trainer.args.output_dir)  # which may be another folder now
+                self.report.save(output_folder(trainer))  # which may be another folder now
 
     # ------------------------------------------------------------------------------------------------- training begins
     def on_train_begin(
@@ -217,7 +218,7 @@ class PruneRewindCallback(PruningArguments, TrainerCallback, ExportableState):
         self._schedule.restart()
         self._run.pruned, self._run.second_start = True, self._schedule.second_start
         if trainer.is_world_process_zero():
-            self.report.save(trainer.args.output_dir)
+            self.report.save(output_folder(trainer))
         trainer.log(self.report.numbers())
         from ..plotting.tracking import report_pruning  # figures stand above the phases that they draw
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_e2vpt authors. Licensed under the Apache License, Version 2.0.
-"""What a running `Trainer` knows but tells no callback: itself, and the checkpoint that it resumes or writes.
+"""What a running `Trainer` knows but tells no callback: itself, and the folders that it writes to and resumes from.
 
 Paths that a checkpoint holds are wrong once its folder has moved, so they are asked for when they are needed.
 """
@@ -40,6 +40,11 @@ def running_trainer() -> Trainer:
     if trainer is None:
         raise RuntimeError("A callback of this package works inside a Trainer: pass it as Trainer(callbacks=[...]).")
     return trainer
+
+
+def output_folder(trainer: Trainer) -> Path:
+    """The folder that a training writes to: its own for each trial of a search for hyperparameters."""
+    return Path(trainer._get_output_dir(trainer._trial))
 
 
 def resumed_checkpoint(trainer: Trainer) -> Path:

@@ -279,6 +279,7 @@ ATTRIBUTES: dict[str, Any] = {  # where each private attribute that is read or s
     "_forward_pre_hooks": nn.Module,
     "_forward_pre_hooks_with_kwargs": nn.Module,
     "_get_adapter_state_dict": lambda: BaseTuner,
+    "_get_output_dir": lambda: Trainer,
     "_gradient_checkpointing_func": lambda: inspect.getsource(transformers.modeling_utils),
     "_hf_hook": lambda: add_hook_to_module(nn.Linear(1, 1), AlignDevicesHook()),
     "_init_weights": lambda: PreTrainedModel,
@@ -296,6 +297,7 @@ ATTRIBUTES: dict[str, Any] = {  # where each private attribute that is read or s
     "_require_grads_hooks": lambda: inspect.getsource(PreTrainedModel.enable_input_require_grads),
     "_reset": lambda: ReduceLROnPlateau(_optimizer()),
     "_train_batch_size": lambda: inspect.getsource(Trainer.__init__),
+    "_trial": lambda: inspect.getsource(Trainer),
     "_version": lambda: torch.ones(1),
 }
 OF_DEEPSPEED = {"_hp_mapping", "_z3_optimizer"}

@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from peft_e2vpt import PruneRewindCallback, RecipeCallback, trained_tensors
+from peft_e2vpt import PruneRewindCallback, PruningReport, RecipeCallback, trained_tensors
 from peft_e2vpt.training.head_start import standardised_layers
 from peft_e2vpt.training.optimizer import part_of_parameters
 from tests.support.training import HALF, Images, Watch, adapted, arguments, assert_same_bits, history_of, state_of
@@ -140,6 +140,21 @@ def test_a_trial_that_optuna_ends_before_it_was_pruned_is_no_warning(tmp_path, c
     with pytest.raises(ValueError, match="No trials are completed"):
         search(trainer, drawing(fate=["is pruned"]), [{"fate": "is pruned"}], pruner=PrunedByFate())
     assert "before it was to prune" not in caplog.text
+
+
+def test_every_trial_leaves_its_own_pruning_report(tmp_path):
+    def run_name(trial: Any) -> str:
+        return f"decay-{trial.params['weight_decay']}"
+
+    def space(trial: Any) -> dict[str, Any]:
+        return {"weight_decay": trial.suggest_categorical("weight_decay", [0.0, 0.5])}
+
+    callback = PruneRewindCallback(**HALF)
+    trials = [{"weight_decay": 0.0}, {"weight_decay": 0.5}]
+    search(trainer_for(tmp_path, callback), space, trials, hp_name=run_name)
+    reports = [PruningReport.load(tmp_path / f"decay-{decay}") for decay in (0.0, 0.5)]
+    assert reports[0] != reports[1] == callback.report
+    assert not (tmp_path / "pruning_report.json").exists()
 
 
 # ------------------------------------------------------------------------------------------------- what trials choose
