@@ -196,8 +196,8 @@ def main() -> None:
         if args.figure:
             drawn = [{"method": name, **row, "accuracy": row["mean_of_groups"] / 100} for name, row in found.items()]
             plot_methods(drawn).savefig(args.figure, dpi=120)
-    for first in ("e2vpt", "e2vpt-pruned"):
-        for second in args.against:
+    for first in (method for method in methods if method.startswith("e2vpt")):
+        for second in (method for method in args.against if method != first):
             line = difference(chosen, tasks, first, second)
             if line:
                 print(f"* {line}")

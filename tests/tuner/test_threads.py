@@ -153,7 +153,7 @@ def test_a_mixed_batch_in_one_thread_leaves_the_plain_passes_of_another_alone():
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["vit", "swin"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
 def test_a_mixed_batch_goes_through_a_base_model_that_was_compiled_in_place(name, fresh_compiler):
     model, pixels = with_adapters(name, DIFFERENT)
     adapter_names = [*DIFFERENT, BASE]
