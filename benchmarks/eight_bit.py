@@ -62,7 +62,9 @@ def train_adapter(bench: Bench, first_layer: int, learning_rate: float, seed: in
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
-            args=bench.training_arguments(folder, learning_rate, seed, bench.args.epochs),
+            args=bench.training_arguments(
+                folder, learning_rate=learning_rate, seed=seed, num_train_epochs=bench.args.epochs, weight_decay=0.0
+            ),
             train_dataset=bench.inputs(first_layer)[0],
             callbacks=[RecipeCallback(learning_rate, head_learning_rate=HEAD_LEARNING_RATE)],
         )

@@ -66,6 +66,7 @@ class Method:
         pruning: of `PruneRewindCallback`; `None` does not prune.
         learning_rate_of: the method whose learning rate it takes; by default it searches one.
         epochs: in place of those of the command line.
+        weight_decay: AdamW's.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class Method:
     pruning: dict[str, Any] | None = None
     learning_rate_of: str | None = None
     epochs: float | None = None
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -193,7 +195,13 @@ class Bench:
             head_rate = learning_rate if method.kind == "linear" else HEAD_LEARNING_RATE
             trainer = Trainer(
                 model=model,
-                args=self.training_arguments(folder, learning_rate, seed, epochs * (1 + len(callbacks))),
+                args=self.training_arguments(
+                    folder,
+                    learning_rate=learning_rate,
+                    seed=seed,
+                    num_train_epochs=epochs * (1 + len(callbacks)),  # one that prunes trains twice
+                    weight_decay=method.weight_decay,
+                ),
                 train_dataset=train,
                 eval_dataset=validation,
                 compute_metrics=accuracy,
@@ -216,18 +224,14 @@ class Bench:
                 "pruning": report.candidates[report.chosen] if searched else None,
             }
 
-    def training_arguments(self, folder: str, learning_rate: float, seed: int, epochs: float) -> TrainingArguments:
-        """The recipe, the same for all methods; one that prunes trains twice."""
+    def training_arguments(self, folder: str, **of_method: Any) -> TrainingArguments:
+        """The recipe, the same for all methods but for what is given."""
         return TrainingArguments(
             folder,
-            learning_rate=learning_rate,
-            seed=seed,
-            num_train_epochs=epochs,
             per_device_train_batch_size=self.args.batch_size,
             per_device_eval_batch_size=100,
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
-            weight_decay=0.0,
             bf16=self.args.bf16,
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
@@ -235,6 +239,7 @@ class Bench:
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            **of_method,
         )
 
 

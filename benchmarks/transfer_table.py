@@ -100,6 +100,34 @@ def table_of_means(found: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
+def mean_of_groups(rows: Sequence[Row]) -> float:
+    """The mean over groups of the mean accuracy of their tasks, in per cent; a row for each task."""
+    of_group: dict[str, list[Row]] = {}
+    for row in rows:
+        of_group.setdefault(row["group"], []).append(row)
+    return statistics.mean(map(mean_accuracy, of_group.values()))
+
+
+def difference_of_groups(
+    chosen: dict[tuple[str, str], list[Row]], tasks: list[str], first: str, second: str
+) -> str | None:
+    """By how much the mean of groups of two methods differs on every seed that both have run on all tasks."""
+
+    def by_seed(method: str) -> dict[int, float]:
+        rows = [row for task in tasks for row in chosen.get((task, method), [])]
+        of_seed = {seed: [row for row in rows if row["seed"] == seed] for seed in {row["seed"] for row in rows}}
+        return {seed: mean_of_groups(part) for seed, part in of_seed.items() if len(part) == len(tasks)}
+
+    one, other = by_seed(first), by_seed(second)
+    gaps = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    if len(gaps) < 2:
+        return None
+    return (
+        f"{first} minus {second}: {statistics.mean(gaps):+.1f} points of the mean of groups "
+        f"(by seed {', '.join(f'{gap:+.1f}' for gap in gaps)})"
+    )
+
+
 def difference(chosen: dict[tuple[str, str], list[Row]], tasks: list[str], first: str, second: str) -> str | None:
     """The mean difference of two methods over the tasks that both have run, and its standard error over the tasks."""
     both = [task for task in tasks if (task, first) in chosen and (task, second) in chosen]
@@ -198,9 +226,9 @@ def main() -> None:
             plot_methods(drawn).savefig(args.figure, dpi=120)
     for first in (method for method in methods if method.startswith("e2vpt")):
         for second in (method for method in args.against if method != first):
-            line = difference(chosen, tasks, first, second)
-            if line:
-                print(f"* {line}")
+            for line in (difference(chosen, tasks, first, second), difference_of_groups(chosen, tasks, first, second)):
+                if line:
+                    print(f"* {line}")
     print("\nLearning rates chosen (times):\n" + "\n".join(f"* {line}" for line in chosen_rates(chosen, rows)))
 
 

@@ -120,6 +120,20 @@ def test_the_table_takes_the_rate_chosen_on_validation_and_the_mean_over_seeds()
     assert line == "e2vpt minus full: +0.0 points (standard error over 2 tasks 10.0; ahead on 1)"
 
 
+def test_means_of_groups_are_compared_seed_by_seed():
+    rows = [
+        row(task, method, 0.1, seed, 0.6, accuracy, group)
+        for seed, gain in ((0, 0.02), (1, 0.04))
+        for task, group in (("digits", "natural"), ("emoji", "natural"), ("count", "structured"))
+        for method, accuracy in (("full", 0.5), ("e2vpt", 0.5 + (gain if group == "structured" else 0.0)))
+    ]
+    rows.append(row("digits", "e2vpt", 0.1, 2, 0.6, 0.9, "natural"))  # the other tasks are still to come
+    line = transfer_table.difference_of_groups(
+        transfer_table.chosen_rows(rows), ["digits", "emoji", "count"], "e2vpt", "full"
+    )
+    assert line == "e2vpt minus full: +1.5 points of the mean of groups (by seed +1.0, +2.0)"
+
+
 def test_changes_are_taken_over_the_seeds_that_a_method_and_the_reference_have_both_run():
     rows = [
         row("digits", "e2vpt", 0.1, 0, 0.6, 0.80, "natural"),
