@@ -100,26 +100,17 @@ def table_of_means(found: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def mean_of_groups(rows: Sequence[Row]) -> float:
-    """The mean over groups of the mean accuracy of their tasks, in per cent; a row for each task."""
-    of_group: dict[str, list[Row]] = {}
-    for row in rows:
-        of_group.setdefault(row["group"], []).append(row)
-    return statistics.mean(map(mean_accuracy, of_group.values()))
-
-
 def difference_of_groups(
     chosen: dict[tuple[str, str], list[Row]], tasks: list[str], first: str, second: str
 ) -> str | None:
     """By how much the mean of groups of two methods differs on every seed that both have run on all tasks."""
 
-    def by_seed(method: str) -> dict[int, float]:
-        rows = [row for task in tasks for row in chosen.get((task, method), [])]
-        of_seed = {seed: [row for row in rows if row["seed"] == seed] for seed in {row["seed"] for row in rows}}
-        return {seed: mean_of_groups(part) for seed, part in of_seed.items() if len(part) == len(tasks)}
-
-    one, other = by_seed(first), by_seed(second)
-    gaps = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    gaps = []
+    for seed in sorted({row["seed"] for rows in chosen.values() for row in rows}):
+        of_seed = {cell: part for cell, rows in chosen.items() if (part := [r for r in rows if r["seed"] == seed])}
+        found = summaries(of_seed, tasks, [first, second])
+        if len(found) == 2:
+            gaps.append(found[first]["mean_of_groups"] - found[second]["mean_of_groups"])
     if len(gaps) < 2:
         return None
     return (
